@@ -1,0 +1,1 @@
+"""Decides and remembers: leases, rounds, the ledger. Never imports torch."""

@@ -1,0 +1,190 @@
+"""`manyhands coordinator …`: parse, build, run."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from protocol.documents import Verb
+from protocol.errors import ConfigError, ManyhandsError
+
+app = typer.Typer(help="Start a run and look after it.", no_args_is_help=True)
+
+RunArgument = Annotated[Path, typer.Argument(help="A run.toml, or a run folder to go on with.")]
+FolderArgument = Annotated[Path | None, typer.Argument(help="The run folder; found by itself when only one runs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+RUNS = Path("manyhands-runs")
+
+
+@app.command()
+def start(
+    run: RunArgument = Path("run.toml"),
+    folder: Annotated[Path | None, typer.Option(help="Where the run is kept. Default: manyhands-runs/NAME.")] = None,
+    validator: Annotated[bool, typer.Option(help="Start the validator, which evaluates and checkpoints.")] = True,
+    exit_when_finished: Annotated[bool, typer.Option(help="End when all tokens are trained.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a coordinator, or go on with an earlier run. Prints the invite that volunteers need.
+
+    Examples:
+
+      manyhands init && manyhands coordinator start run.toml
+
+      manyhands coordinator start manyhands-runs/my-run      # goes on where it stopped
+    """
+    from coordinator.run_folder import RunFolder, find_genesis, prepare
+    from coordinator.server import Server
+
+    place = _choose_folder(run, folder)
+    home = RunFolder(place)
+    running = home.read_running()
+    if running is not None:
+        raise ManyhandsError(f"a coordinator runs on {place} already (process {running['pid']})")
+    spec = home.create(run / "run.toml" if run.is_dir() else run)
+    database = home.open_database(spec)
+    genesis = find_genesis(database)
+    if genesis is None:
+        with _shard_progress(quiet=as_json) as progress:
+            genesis = prepare(home, spec, database, lambda size: _start_model_process(home, size), progress)
+    server = Server(
+        home,
+        database,
+        genesis,
+        validator_command=(lambda invite: _validator_command(home, invite)) if validator else None,
+        exit_when_finished=exit_when_finished,
+    )
+    asyncio.run(_serve(server, lambda invite: _announce(server, invite, as_json)))
+
+
+@app.command()
+def status(folder: FolderArgument = None, as_json: JsonOption = False) -> None:
+    """Phase, round, loss and peers of a running coordinator."""
+    from coordinator.status_view import render_status
+
+    answer = _operate(folder, "status")
+    if as_json:
+        typer.echo(json.dumps(answer))
+    else:
+        render_status(answer)
+
+
+@app.command()
+def stop(folder: FolderArgument = None) -> None:
+    """Stop a coordinator. `coordinator start` on its folder goes on from there."""
+    typer.echo(_operate(folder, "stop")["message"])
+
+
+@app.command()
+def pause(folder: FolderArgument = None) -> None:
+    """Open no further round until `resume`; the current one is finished."""
+    typer.echo(_operate(folder, "pause")["message"])
+
+
+@app.command()
+def resume(folder: FolderArgument = None) -> None:
+    """Go on after `pause`."""
+    typer.echo(_operate(folder, "resume")["message"])
+
+
+@app.command()
+def invite(
+    folder: FolderArgument = None,
+    uses: Annotated[int, typer.Option(min=1, help="How many machines may join with it.")] = 1000,
+    hours: Annotated[float, typer.Option(min=0.01, help="How long it is valid.")] = 168.0,
+) -> None:
+    """Print a new invite."""
+    typer.echo(_operate(folder, "invite", uses=uses, expires_hours=hours)["invite"])
+
+
+def _operate(folder: Path | None, verb: Verb, **options: Any) -> dict[str, Any]:
+    from coordinator.operator import operate
+    from coordinator.run_folder import RunFolder
+
+    return asyncio.run(operate(RunFolder(folder or _find_running()), verb, **options))
+
+
+def _find_running() -> Path:
+    from coordinator.run_folder import RunFolder
+
+    running = [path.parent for path in sorted(RUNS.glob("*/running.json")) if RunFolder(path.parent).read_running()]
+    if len(running) != 1:
+        found = f"{len(running)} coordinators run below {RUNS}" if running else f"no coordinator runs below {RUNS}"
+        raise ConfigError(f"{found}; name the run folder")
+    return running[0]
+
+
+def _choose_folder(run: Path, folder: Path | None) -> Path:
+    from protocol.run_spec import load_run_spec
+
+    if run.is_dir():
+        if not (run / "run.toml").is_file():
+            raise ConfigError(f"{run} is not a run folder: it has no run.toml")
+        return run
+    return folder or RUNS / "-".join(load_run_spec(run).name.split())
+
+
+async def _serve(server: Any, on_ready: Callable[[str], None]) -> None:
+    import signal
+
+    from coordinator.dashboard.page import serve_page
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop.set)
+    await server.serve(on_ready, page=serve_page)
+
+
+def _start_model_process(home: Any, vocabulary_size: int) -> Callable[[], Any]:
+    """Have the initial model made by a process that may load torch; returns what waits for its answer."""
+    from coordinator.run_folder import InitialModel
+
+    command = [sys.executable, "-m", "manyhands", "worker", "initialize-model", str(home.spec_path)]
+    command += ["--vocabulary-size", str(vocabulary_size), "--blobs", str(home.store.folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def finish() -> InitialModel:
+        output, errors = process.communicate()
+        if process.returncode != 0:
+            last = errors.strip().splitlines()[-1] if errors.strip() else f"exit code {process.returncode}"
+            raise ConfigError(last.removeprefix("manyhands: "))
+        return InitialModel(**json.loads(output))
+
+    return finish
+
+
+def _validator_command(home: Any, invite: str) -> Sequence[str]:
+    place = home.path / "validator"
+    place.mkdir(exist_ok=True)
+    invite_path = place / "invite"
+    invite_path.touch(mode=0o600)
+    invite_path.write_text(invite)
+    command = [sys.executable, "-m", "manyhands", "worker", "validate", str(invite_path), "--home", str(place)]
+    return [*command, "--blobs", str(home.store.folder), "--checkpoints", str(home.checkpoints)]
+
+
+def _shard_progress(*, quiet: bool) -> Any:
+    from coordinator.status_view import shard_progress
+
+    return shard_progress(quiet)
+
+
+def _announce(server: Any, invite: str, as_json: bool) -> None:
+    from coordinator.status_view import render_announcement
+
+    facts = {
+        "invite": invite,
+        "run_id": server.run.run_id,
+        "folder": str(server.folder.path),
+        "address": server.address,
+        "page": f"http://{server.spec.coordinator.http}",
+        "round": server.state.rounds_merged,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        render_announcement(facts, server.run.spec.name)

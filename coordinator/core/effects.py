@@ -1,0 +1,121 @@
+"""What the core wants done. The shell carries effects out, in order, after the event is in the journal."""
+
+from dataclasses import dataclass
+
+from coordinator.core.state import Phase, Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusePeer:
+    """The join is refused: close the session."""
+
+    peer: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantLease:
+    peer: str
+    lease_id: int
+    round: int
+    base_digest: str
+    units: tuple[Unit, ...]
+    deadline_in_s: float
+    tokens_before: int
+    round_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckPayload:
+    """Wait for the payload, look inside, answer with PayloadChecked."""
+
+    peer: str
+    payload_hash: str
+    payload_bytes: int
+    codec: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeContribution:
+    """Tell the peer: kept for the close of the round, or not, and why."""
+
+    peer: str
+    payload_hash: str
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    """One accepted contribution: an entry of the manifest and a receipt."""
+
+    peer: str
+    name: str
+    lease_id: int
+    units: tuple[Unit, ...]
+    tokens: int
+    contribution_hash: str
+    payload_hash: str
+    payload_bytes: int
+    codec: str
+    mean_loss: float
+    norm: float
+    weight: float
+    clip: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseRound:
+    """Sign, store and send the manifest and its receipts. In canonical order (by payload hash)."""
+
+    round: int
+    base_digest: str
+    credits: tuple[Credit, ...]
+    divisor: float
+    leased_peers: int
+    closed_because: str
+    tokens_after: int
+    opened_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VoidRound:
+    """No manifest: the state stays, the peers keep their work for their next contribution."""
+
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordEvaluation:
+    """Take the validator's signed report into the ledger."""
+
+    report_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestResync:
+    """The peer's state is not the run's: it must fetch it again."""
+
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnouncePhase:
+    phase: Phase
+    reason: str
+
+
+Effect = (
+    RefusePeer
+    | GrantLease
+    | CheckPayload
+    | JudgeContribution
+    | CloseRound
+    | VoidRound
+    | RecordEvaluation
+    | RequestResync
+    | AnnouncePhase
+)

@@ -1,0 +1,146 @@
+"""What happens to a run: the core's only inputs, and what the journal holds.
+
+Peer input has been authenticated and parsed by the shell before it becomes an event; whether it is *allowed* is decided
+by the core.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from coordinator.core.state import Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InviteIssued:
+    token_id: str
+    uses: int
+    kind: Literal["invite_issued"] = "invite_issued"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InviteRevoked:
+    token_id: str
+    kind: Literal["invite_revoked"] = "invite_revoked"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerJoined:
+    peer: str
+    name: str
+    device: str
+    role: str
+    token_id: str
+    lease_id: int | None  # a lease that the peer still works on, after a broken connection
+    kind: Literal["peer_joined"] = "peer_joined"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerLeft:
+    peer: str
+    reason: str
+    kind: Literal["peer_left"] = "peer_left"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateReported:
+    peer: str
+    round: int
+    digest: str
+    claimed_steps_per_s: float = 0.0
+    kind: Literal["state_reported"] = "state_reported"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseReturned:
+    peer: str
+    lease_id: int
+    reason: str
+    kind: Literal["lease_returned"] = "lease_returned"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContributionCommitted:
+    peer: str
+    lease_id: int
+    base_digest: str
+    units: tuple[Unit, ...]
+    inner_steps: int
+    tokens: int
+    mean_loss: float
+    codec: str
+    contribution_hash: str
+    payload_hash: str
+    payload_bytes: int
+    kind: Literal["contribution_committed"] = "contribution_committed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PayloadChecked:
+    """The shell has the payload and looked inside: its norm, or why it is refused."""
+
+    peer: str
+    payload_hash: str
+    norm: float
+    refused_because: str = ""
+    kind: Literal["payload_checked"] = "payload_checked"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReported:
+    """The validator evaluated a state, and perhaps stored it as a checkpoint."""
+
+    peer: str
+    round: int
+    digest: str
+    held_out_loss: float
+    checkpoint: bool
+    report_hash: str
+    kind: Literal["evaluation_reported"] = "evaluation_reported"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimerFired:
+    kind: Literal["timer_fired"] = "timer_fired"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PauseRequested:
+    paused: bool
+    kind: Literal["pause_requested"] = "pause_requested"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorRestarted:
+    """The coordinator's process is new: every session is gone, leases go on."""
+
+    kind: Literal["coordinator_restarted"] = "coordinator_restarted"
+
+
+Event = (
+    InviteIssued
+    | InviteRevoked
+    | PeerJoined
+    | PeerLeft
+    | StateReported
+    | LeaseReturned
+    | ContributionCommitted
+    | PayloadChecked
+    | EvaluationReported
+    | TimerFired
+    | PauseRequested
+    | CoordinatorRestarted
+)
+
+_ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+
+
+def dump_event(event: Event) -> bytes:
+    """The event as JSON, for the journal."""
+    return _ADAPTER.dump_json(event)
+
+
+def load_event(data: bytes) -> Event:
+    """The inverse of `dump_event`. Raises pydantic.ValidationError."""
+    return _ADAPTER.validate_json(data)

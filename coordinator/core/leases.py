@@ -1,0 +1,96 @@
+"""Shards and leases: which units come next, how many a peer gets, where they go when a lease ends."""
+
+import hashlib
+from math import ceil, gcd
+from statistics import median
+
+from coordinator.core.state import LeaseRecord, LeaseStatus, Peer, ShardPool, State, Unit
+
+# A lease is at most so many times the steps of a peer of median speed: one very fast peer must not own a round.
+MAX_LEASE_FACTOR = 64
+# A peer whose lease was too slow for a round is tried again when its estimate has risen by this each round.
+RETRY_GROWTH = 1.25
+
+
+def take_units(pool: ShardPool, count: int) -> list[Unit]:
+    """The next `count` units; a new pass over the data begins when the current one is used up."""
+    units = pool.returned[:count]
+    del pool.returned[: len(units)]
+    while len(units) < count:
+        if pool.cursor == pool.num_shards:
+            pool.pass_index += 1
+            pool.cursor = 0
+        units.append((pool.pass_index, _permuted(pool, pool.cursor)))
+        pool.cursor += 1
+    return units
+
+
+def _permuted(pool: ShardPool, position: int) -> int:
+    """Shard at `position` of the pass: an affine walk, one for each seed and pass. Rows were shuffled when cut."""
+    n = pool.num_shards
+    digest = hashlib.sha256(f"{pool.seed}:{pool.pass_index}".encode()).digest()
+    stride = int.from_bytes(digest[:8], "big") % n or 1
+    while gcd(stride, n) != 1:
+        stride += 1
+    return (int.from_bytes(digest[8:16], "big") + stride * position) % n
+
+
+def plan_leases(state: State, peers: list[str]) -> tuple[float, dict[str, int]]:
+    """For peers that hold the state: the compute time to aim for in seconds, and how many shards each gets.
+
+    Time is what a peer of median speed needs for `round.inner_steps`; each peer gets the shards that it finishes in
+    that time at its observed speed. A peer too slow for one shard by the deadline gets none this time.
+    """
+    spec = state.spec
+    shard_steps = spec.data.shard_steps
+    speeds = {peer: max(state.peers[peer].steps_per_s, 1e-9) for peer in peers}
+    expected_s = max(spec.round.inner_steps, shard_steps) / median(speeds.values())
+    most = ceil(spec.round.inner_steps * MAX_LEASE_FACTOR / shard_steps)
+    plan: dict[str, int] = {}
+    for peer, speed in speeds.items():
+        if shard_steps / speed > expected_s * spec.round.deadline_factor:
+            state.peers[peer].steps_per_s *= RETRY_GROWTH
+            continue
+        plan[peer] = min(max(1, round(speed * expected_s / shard_steps)), most)
+    return expected_s, _fit_remaining(plan, ceil((spec.train.tokens - state.tokens_credited) / spec.shard_tokens))
+
+
+def _fit_remaining(plan: dict[str, int], remaining: int) -> dict[str, int]:
+    """Shrink the last round to what is left of the run, in proportion, the fastest first."""
+    total = sum(plan.values())
+    if total <= remaining:
+        return plan
+    fitted: dict[str, int] = {}
+    for peer, shards in sorted(plan.items(), key=lambda item: (-item[1], item[0])):
+        share = min(max(1, shards * remaining // total), remaining - sum(fitted.values()))
+        if share > 0:
+            fitted[peer] = share
+    return fitted
+
+
+def close_lease(pool: ShardPool, lease: LeaseRecord, *, carry_to: Peer | None = None) -> None:
+    """End a lease without credit. Its units go back to the pool, or stay with the peer that trained on them."""
+    if lease.status is LeaseStatus.CLOSED:
+        return
+    lease.status = LeaseStatus.CLOSED
+    candidate, lease.candidate = lease.candidate, None
+    carried = candidate.carried_units if candidate else []
+    if carry_to is None:
+        pool.returned.extend(lease.units)
+        pool.returned.extend(carried)
+    else:
+        release_carried(pool, carry_to)
+        carry_to.carried = [*carried, *lease.units]
+
+
+def release_carried(pool: ShardPool, peer: Peer) -> None:
+    """What a peer carried can be leased again."""
+    pool.returned.extend(peer.carried)
+    peer.carried = []
+
+
+def observe_speed(peer: Peer, inner_steps: int, elapsed_s: float) -> None:
+    """Fold one lease's speed, on the coordinator's clock, into the estimate; the first replaces what was claimed."""
+    speed = inner_steps / max(elapsed_s, 1e-6)
+    peer.steps_per_s = (peer.steps_per_s + speed) / 2 if peer.observed else speed
+    peer.observed = True

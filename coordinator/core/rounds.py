@@ -1,0 +1,266 @@
+"""One round: opened with frozen membership and deadline, filled with contributions, closed by a manifest or void."""
+
+from coordinator.core import leases
+from coordinator.core.effects import (
+    CheckPayload,
+    CloseRound,
+    Credit,
+    Effect,
+    GrantLease,
+    JudgeContribution,
+    VoidRound,
+)
+from coordinator.core.events import ContributionCommitted, PayloadChecked
+from coordinator.core.state import Candidate, LeaseRecord, LeaseStatus, PeerStatus, Phase, Round, State
+from protocol.aggregation import Vote, cap_weights, get_rule
+
+UNSETTLED = (LeaseStatus.OPEN, LeaseStatus.COMMITTED)
+
+
+def open_round(state: State, base_digest: str, now_s: float) -> list[Effect]:
+    """Lease work to every ready worker that holds `base_digest`. Opens nothing when there is none to lease to."""
+    ready = [
+        peer
+        for peer in sorted(state.peers)
+        if state.peers[peer].status is PeerStatus.READY
+        and state.peers[peer].role == "worker"
+        and state.reports.get(peer) == base_digest
+    ]
+    if not ready:
+        return []
+    expected_s, plan = leases.plan_leases(state, ready)
+    if not plan:
+        return []
+    spec = state.spec
+    round_ = Round(
+        index=state.rounds_merged,
+        base_digest=base_digest,
+        opened_s=now_s,
+        deadline_s=now_s + expected_s * spec.round.deadline_factor + spec.round.exchange_s,
+        expected_s=expected_s,
+        tokens_before=state.tokens_credited,
+        leased_tokens=sum(plan.values()) * spec.shard_tokens,
+        leases={},
+    )
+    for peer, shards in plan.items():
+        round_.leases[peer] = LeaseRecord(
+            lease_id=state.next_lease_id,
+            peer=peer,
+            units=leases.take_units(state.pool, shards),
+            inner_steps=shards * spec.data.shard_steps,
+            granted_s=now_s,
+        )
+        state.next_lease_id += 1
+    state.round = round_
+    state.phase = Phase.TRAIN
+    return [grant_lease(round_, lease, now_s) for lease in round_.leases.values()]
+
+
+def grant_lease(round_: Round, lease: LeaseRecord, now_s: float) -> GrantLease:
+    """The effect that hands a lease to its peer."""
+    return GrantLease(
+        peer=lease.peer,
+        lease_id=lease.lease_id,
+        round=round_.index,
+        base_digest=round_.base_digest,
+        units=tuple(lease.units),
+        deadline_in_s=round_.deadline_s - now_s,
+        tokens_before=round_.tokens_before,
+        round_tokens=round_.leased_tokens,
+    )
+
+
+def commit_contribution(state: State, event: ContributionCommitted, now_s: float) -> list[Effect]:
+    """Take a header into the open round, or refuse it with a reason. The payload is looked at next.
+
+    Shards that are neither of the lease nor carried by the peer earn nothing.
+    """
+    lease = _find_lease(state, event)
+    if isinstance(lease, LeaseRecord) and lease.candidate is not None:
+        return [check_payload(event.peer, lease.candidate)]  # the same header again, after a broken connection
+    if isinstance(lease, str):
+        if event.peer in state.peers:
+            state.peers[event.peer].refused += 1
+        return [JudgeContribution(peer=event.peer, payload_hash=event.payload_hash, accepted=False, reason=lease)]
+    peer = state.peers[event.peer]
+    done = set(event.units)
+    lease.status = LeaseStatus.COMMITTED
+    lease.candidate = Candidate(
+        contribution_hash=event.contribution_hash,
+        payload_hash=event.payload_hash,
+        payload_bytes=event.payload_bytes,
+        codec=event.codec,
+        lease_units=[unit for unit in lease.units if unit in done],
+        carried_units=[unit for unit in peer.carried if unit in done],
+        mean_loss=event.mean_loss,
+    )
+    peer.carried = [unit for unit in peer.carried if unit not in done]
+    leases.release_carried(state.pool, peer)
+    leases.observe_speed(peer, event.inner_steps, now_s - lease.granted_s)
+    return [check_payload(event.peer, lease.candidate)]
+
+
+def check_payload(peer: str, candidate: Candidate) -> CheckPayload:
+    """The effect that has a contribution's payload looked at."""
+    return CheckPayload(
+        peer=peer,
+        payload_hash=candidate.payload_hash,
+        payload_bytes=candidate.payload_bytes,
+        codec=candidate.codec,
+    )
+
+
+def _find_lease(state: State, event: ContributionCommitted) -> LeaseRecord | str:
+    """The open lease that this contribution fulfils, or why it cannot count."""
+    round_ = state.round
+    lease = round_.leases.get(event.peer) if round_ else None
+    if round_ is None or lease is None or lease.lease_id != event.lease_id:
+        return "late: the round of this lease is closed; the work counts with the next contribution"
+    if lease.candidate is not None and lease.candidate.contribution_hash == event.contribution_hash:
+        return lease
+    if lease.status is not LeaseStatus.OPEN:
+        return f"the lease is {lease.status.value} already"
+    if event.base_digest != round_.base_digest:
+        return "trained from another state than the lease names"
+    if len(set(event.units)) != len(event.units):
+        return "names a shard twice"
+    if not set(lease.units) & set(event.units):
+        return "none of the lease's shards was finished"
+    if event.tokens != len(event.units) * state.spec.shard_tokens:
+        return "the tokens are not those of its shards"
+    return lease
+
+
+def record_check(state: State, event: PayloadChecked) -> list[Effect]:
+    """The payload was looked at: it will be merged, or it is refused and its shards go back."""
+    round_ = state.round
+    lease = round_.leases.get(event.peer) if round_ else None
+    if lease is None or lease.candidate is None or lease.candidate.payload_hash != event.payload_hash:
+        return []  # its round is closed, and the peer was told then
+    if lease.status is not LeaseStatus.COMMITTED:
+        return []  # checked already
+    if event.refused_because:
+        leases.close_lease(state.pool, lease)
+        state.peers[event.peer].refused += 1
+    else:
+        lease.status = LeaseStatus.ACCEPTED
+        lease.candidate.norm = event.norm
+        unfinished = [unit for unit in lease.units if unit not in set(lease.candidate.lease_units)]
+        state.pool.returned.extend(unfinished)
+        lease.units = lease.candidate.lease_units
+    return [
+        JudgeContribution(
+            peer=event.peer,
+            payload_hash=event.payload_hash,
+            accepted=not event.refused_because,
+            reason=event.refused_because,
+        )
+    ]
+
+
+def close_if_due(state: State, now_s: float) -> list[Effect]:
+    """Close the open round when every lease is settled, or when its deadline has passed."""
+    round_ = state.round
+    if round_ is None:
+        return []
+    unsettled = (lease for lease in round_.leases.values() if lease.status in UNSETTLED)
+    first = next(unsettled, None)
+    if first is None:
+        return _close(state, round_, "every lease is settled", now_s)
+    if now_s < round_.deadline_s:
+        return []
+    effects: list[Effect] = []
+    for lease in (first, *unsettled):
+        peer = state.peers[lease.peer]
+        if lease.status is LeaseStatus.OPEN:
+            leases.observe_speed(peer, lease.inner_steps, 2.0 * (now_s - lease.granted_s))
+        elif lease.candidate:
+            effects.append(
+                JudgeContribution(
+                    peer=lease.peer,
+                    payload_hash=lease.candidate.payload_hash,
+                    accepted=False,
+                    reason="late: the payload had not arrived when the round closed",
+                )
+            )
+        leases.close_lease(state.pool, lease, carry_to=peer)
+    return [*effects, *_close(state, round_, "deadline", now_s)]
+
+
+def _close(state: State, round_: Round, because: str, now_s: float) -> list[Effect]:
+    accepted = [lease for lease in round_.leases.values() if lease.status is LeaseStatus.ACCEPTED]
+    tokens = sum(_tokens(state, lease) for lease in accepted)
+    state.round = None
+    state.reports = {}
+    if not accepted or tokens < state.spec.round.quorum_fraction * round_.leased_tokens:
+        return [_void(state, round_, accepted, because)]
+    credits_ = _weigh(state, accepted)
+    for credit in credits_:
+        peer = state.peers[credit.peer]
+        peer.credited_tokens += credit.tokens
+        peer.credited_shards += len(credit.units)
+        peer.accepted += 1
+    state.tokens_credited += tokens
+    state.rounds_merged += 1
+    state.phase = Phase.MERGE
+    state.merge_deadline_s = now_s + state.spec.round.merge_timeout_s
+    return [
+        CloseRound(
+            round=round_.index,
+            base_digest=round_.base_digest,
+            credits=tuple(credits_),
+            divisor=sum(credit.weight for credit in credits_),
+            leased_peers=len(round_.leases),
+            closed_because=because,
+            tokens_after=state.tokens_credited,
+            opened_s=round_.opened_s,
+        )
+    ]
+
+
+def _void(state: State, round_: Round, accepted: list[LeaseRecord], because: str) -> VoidRound:
+    for lease in accepted:
+        leases.close_lease(state.pool, lease, carry_to=state.peers[lease.peer])
+    state.reports = {
+        peer_id: peer.state_digest
+        for peer_id, peer in state.peers.items()
+        if peer.status is PeerStatus.READY and peer.state_round == state.rounds_merged
+    }
+    state.phase = Phase.WAITING_FOR_PEERS
+    reason = "no contribution was accepted" if not accepted else "the quorum was missed"
+    return VoidRound(round=round_.index, reason=f"{reason} ({because})")
+
+
+def _tokens(state: State, lease: LeaseRecord) -> int:
+    units = lease.candidate.lease_units + lease.candidate.carried_units if lease.candidate else []
+    return len(units) * state.spec.shard_tokens
+
+
+def _weigh(state: State, accepted: list[LeaseRecord]) -> list[Credit]:
+    """Weights from verified tokens, capped; clip factors by the run's rule. Canonical order: by payload hash."""
+    rule = state.spec.aggregation
+    candidates = sorted(
+        ((lease, lease.candidate) for lease in accepted if lease.candidate),
+        key=lambda pair: (pair[1].payload_hash, pair[0].peer),
+    )
+    weights = cap_weights([float(_tokens(state, lease)) for lease, _ in candidates], rule.max_weight_fraction)
+    votes = [Vote(weight=w, norm=c.norm) for w, (_, c) in zip(weights, candidates, strict=True)]
+    clips = get_rule(rule.rule)(votes, rule.clip_factor)
+    return [
+        Credit(
+            peer=lease.peer,
+            name=state.peers[lease.peer].name,
+            lease_id=lease.lease_id,
+            units=(*candidate.lease_units, *candidate.carried_units),
+            tokens=_tokens(state, lease),
+            contribution_hash=candidate.contribution_hash,
+            payload_hash=candidate.payload_hash,
+            payload_bytes=candidate.payload_bytes,
+            codec=candidate.codec,
+            mean_loss=candidate.mean_loss,
+            norm=candidate.norm,
+            weight=weight,
+            clip=clip,
+        )
+        for (lease, candidate), weight, clip in zip(candidates, weights, clips, strict=True)
+    ]

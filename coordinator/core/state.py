@@ -1,0 +1,148 @@
+"""Everything that the coordinator's decisions depend on.
+
+The state is mutable inside the core and belongs to it alone; the shell reads it. It is made of plain values, so a
+snapshot is its JSON and nothing else. Invariant: every unit (a shard in one pass) is in exactly one place: ahead of the
+pool's cursor, returned to the pool, in one open lease, carried by one peer, or credited.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pydantic import TypeAdapter
+
+from protocol.run_spec import RunSpec
+
+Unit = tuple[int, int]  # (pass over the data, shard index)
+
+
+class Phase(StrEnum):
+    """Where the run stands. All transitions are in machine.py."""
+
+    WAITING_FOR_PEERS = "waiting_for_peers"
+    WARMUP = "warmup"  # enough peers have joined, not enough hold the state yet
+    TRAIN = "train"
+    MERGE = "merge"
+    PAUSED = "paused"
+    FINISHED = "finished"
+
+
+class PeerStatus(StrEnum):
+    SYNCING = "syncing"  # joined or behind: fetching the state
+    READY = "ready"  # holds the current state
+    GONE = "gone"
+
+
+class LeaseStatus(StrEnum):
+    OPEN = "open"
+    COMMITTED = "committed"  # header here, payload not checked yet
+    ACCEPTED = "accepted"
+    CLOSED = "closed"  # refused, returned, lost or expired: its units are elsewhere again
+
+
+@dataclass(slots=True, kw_only=True)
+class Peer:
+    """A worker or validator that has joined at least once."""
+
+    name: str
+    device: str
+    role: str
+    token_id: str
+    status: PeerStatus = PeerStatus.SYNCING
+    steps_per_s: float = 0.0
+    observed: bool = False  # False: steps_per_s is only what the peer claimed
+    state_round: int = -1  # rounds merged in the state that it last reported
+    state_digest: str = ""
+    carried: list[Unit] = field(default_factory=list)  # trained on, not yet merged: kept for its next contribution
+    credited_tokens: int = 0
+    credited_shards: int = 0
+    accepted: int = 0
+    refused: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Candidate:
+    """A committed contribution, as far as the merge and the credit need it."""
+
+    contribution_hash: str
+    payload_hash: str
+    payload_bytes: int
+    codec: str
+    lease_units: list[Unit]
+    carried_units: list[Unit]
+    mean_loss: float
+    norm: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class LeaseRecord:
+    lease_id: int
+    peer: str
+    units: list[Unit]
+    inner_steps: int
+    granted_s: float
+    status: LeaseStatus = LeaseStatus.OPEN
+    candidate: Candidate | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Round:
+    """An open round. What is set at its opening does not change until it closes."""
+
+    index: int
+    base_digest: str
+    opened_s: float
+    deadline_s: float
+    expected_s: float  # compute time that the leases were sized for
+    tokens_before: int
+    leased_tokens: int
+    leases: dict[str, LeaseRecord]  # by peer
+
+
+@dataclass(slots=True, kw_only=True)
+class ShardPool:
+    """Which units can be leased next. Order: returned ones first, then the current pass's permutation."""
+
+    num_shards: int
+    seed: int
+    pass_index: int = 0
+    cursor: int = 0
+    returned: list[Unit] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class InviteRecord:
+    uses_left: int
+    revoked: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class State:
+    """The whole of it. Rounds are counted from 0; `rounds_merged` manifests exist."""
+
+    spec: RunSpec
+    pool: ShardPool
+    phase: Phase = Phase.WAITING_FOR_PEERS
+    paused: bool = False
+    rounds_merged: int = 0
+    tokens_credited: int = 0
+    next_lease_id: int = 1
+    round: Round | None = None
+    merge_deadline_s: float | None = None
+    peers: dict[str, Peer] = field(default_factory=dict)
+    invites: dict[str, InviteRecord] = field(default_factory=dict)
+    reports: dict[str, str] = field(default_factory=dict)  # peer -> digest after `rounds_merged` rounds
+    checkpoint_round: int = 0
+    checkpoint_digest: str = ""
+
+
+_ADAPTER = TypeAdapter(State)
+
+
+def dump_state(state: State) -> bytes:
+    """The state as JSON."""
+    return _ADAPTER.dump_json(state)
+
+
+def load_state(data: bytes) -> State:
+    """The inverse of `dump_state`. Raises pydantic.ValidationError."""
+    return _ADAPTER.validate_json(data)

@@ -1,0 +1,69 @@
+"""Payloads of committed contributions: waits for each, looks inside, tells the core its norm or why it is refused.
+
+A payload is taken only when a header named its hash and size before (commit, then reveal), so nobody can fill the disk.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from coordinator.core.effects import CheckPayload
+from coordinator.core.events import PayloadChecked
+from protocol.codecs import codec_of
+from protocol.errors import ManyhandsError
+from protocol.exchange.store import BlobStore
+
+log = structlog.get_logger()
+
+
+class PayloadChecker:
+    """Expected payloads by hash."""
+
+    def __init__(self, store: BlobStore, num_parameters: int, submit: Callable[[PayloadChecked], None]) -> None:
+        self._store = store
+        self._num_parameters = num_parameters
+        self._submit = submit
+        self._expected: dict[str, CheckPayload] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def expect(self, check: CheckPayload) -> None:
+        """A header was committed: its payload may come now. When it is here already it is checked at once."""
+        self._expected[check.payload_hash] = check
+        if self._store.has(check.payload_hash):
+            self.arrived(check.payload_hash)
+
+    def expected_size(self, payload_hash: str, peer: str) -> int | None:
+        """Size in bytes of a payload that this peer may push, or None when nothing was announced."""
+        check = self._expected.get(payload_hash)
+        return check.payload_bytes if check is not None and check.peer == peer else None
+
+    def arrived(self, payload_hash: str) -> None:
+        """The blob is complete and its hash holds: look inside, in a thread."""
+        check = self._expected.pop(payload_hash, None)
+        if check is not None:
+            task = asyncio.create_task(self._check(check))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def forget(self, keep: set[str]) -> None:
+        """Drop expectations of closed rounds."""
+        self._expected = {hash_: check for hash_, check in self._expected.items() if hash_ in keep}
+
+    async def _check(self, check: CheckPayload) -> None:
+        norm, reason = await asyncio.to_thread(self._inspect, check)
+        self._submit(
+            PayloadChecked(peer=check.peer, payload_hash=check.payload_hash, norm=norm, refused_because=reason)
+        )
+
+    def _inspect(self, check: CheckPayload) -> tuple[float, str]:
+        try:
+            payload = self._store.read(check.payload_hash)
+            if len(payload) != check.payload_bytes:
+                return 0.0, f"the payload has {len(payload)} bytes; its header says {check.payload_bytes}"
+            codec = codec_of(payload)
+            if codec.name != check.codec:
+                return 0.0, f"the payload is {codec.name}; its header says {check.codec}"
+            return codec.inspect(payload, self._num_parameters).norm, ""
+        except ManyhandsError as error:
+            return 0.0, str(error)

@@ -1,0 +1,364 @@
+"""CoordinatorService: what peers and the operator may ask over gRPC, and the limits on it.
+
+Peer input is limited in bytes by the server's options, verified and parsed here, and becomes an event. Bad input ends
+with INVALID_ARGUMENT or PERMISSION_DENIED and a sentence, never with INTERNAL. Decisions are the core's.
+"""
+
+import asyncio
+import hmac
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from secrets import token_hex
+from typing import Any
+
+import grpc
+import structlog
+
+from coordinator.core import events as ev
+from coordinator.core.effects import RefusePeer
+from coordinator.engine import Committed, Engine
+from coordinator.payloads import PayloadChecker
+from coordinator.sessions import PeerSession, Sessions
+from coordinator.storage.database import Database
+from protocol.codecs import get_codec
+from protocol.documents import (
+    PROTOCOL_VERSION,
+    Contribution,
+    EvaluationReport,
+    Genesis,
+    Invite,
+    JoinRequest,
+    OperatorCommand,
+    open_signed,
+)
+from protocol.envelope import pack, unpack
+from protocol.errors import InviteError, ManyhandsError, VerificationError
+from protocol.exchange.store import BlobStore
+from protocol.invite import decode_invite
+from protocol.signing import Signed
+from protocol.wire import coordinator_pb2 as pb
+from protocol.wire.coordinator_pb2_grpc import CoordinatorServiceServicer
+
+log = structlog.get_logger()
+HANDSHAKE_TIMEOUT_S = 15.0
+CHUNK_BYTES = 256 * 1024
+MAX_BLOB_BYTES = 64 << 30
+MAX_HASHES = 4096
+COMMAND_MAX_AGE_S = 60
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CoordinatorService(CoordinatorServiceServicer):
+    """One run's service."""
+
+    def __init__(
+        self,
+        *,
+        genesis: Signed,
+        public_key: bytes,
+        engine: Engine,
+        sessions: Sessions,
+        payloads: PayloadChecker,
+        store: BlobStore,
+        database: Database,
+        operate: Callable[[OperatorCommand], dict[str, object]],
+    ) -> None:
+        self._genesis = genesis
+        self._run = Genesis.model_validate_json(genesis.body)
+        self._public_key = public_key
+        self._engine = engine
+        self._sessions = sessions
+        self._payloads = payloads
+        self._store = store
+        self._database = database
+        self._operate = operate
+        codec = get_codec(self._run.spec.exchange.codec, dict(self._run.spec.exchange.codec_options))
+        self._codec_name = codec.name
+        self._max_payload_bytes = codec.payload_bytes_max(self._run.num_parameters)
+        self._seen_nonces: dict[str, float] = {}
+
+    # ---- session
+
+    async def Session(  # noqa: N802 - the name is the service's
+        self, request_iterator: AsyncIterator[pb.PeerMessage], context: Context
+    ) -> AsyncIterator[pb.CoordinatorMessage]:
+        nonce = token_hex(32)
+        yield pb.CoordinatorMessage(challenge=pb.Challenge(nonce=nonce, protocol_version=PROTOCOL_VERSION))
+        try:
+            join, invite = await self._read_join(request_iterator, nonce)
+        except InviteError as error:
+            yield _refused("invite", str(error))
+            return
+        except (ManyhandsError, TimeoutError, StopAsyncIteration) as error:
+            yield _refused("join", str(error) or "no join request arrived in time")
+            return
+        session = PeerSession(peer=join.peer, name=join.name, role=invite.role, addresses=join.addresses)
+        decided: asyncio.Future[RefusePeer | None] = asyncio.get_running_loop().create_future()
+        self._engine.submit(
+            ev.PeerJoined(
+                peer=join.peer,
+                name=join.name,
+                device=join.device,
+                role=invite.role,
+                token_id=invite.token_id,
+                lease_id=join.lease_id,
+            ),
+            on_committed=lambda committed: self._let_in(committed, session, decided),
+        )
+        refusal = await decided
+        if refusal is not None:
+            yield _refused(refusal.code, refusal.reason)
+            return
+        log.info("joined", peer=join.peer, name=join.name, role=invite.role, device=join.device)
+        reader = asyncio.create_task(self._read_messages(request_iterator, session))
+        try:
+            while (message := await session.outbox.get()) is not None:
+                yield message
+        finally:
+            reader.cancel()
+            session.closed = True
+            if self._sessions.remove(session):
+                self._engine.submit(ev.PeerLeft(peer=session.peer, reason="the session ended"))
+                log.info("left", peer=session.peer, name=session.name)
+
+    async def _read_join(self, messages: AsyncIterator[pb.PeerMessage], nonce: str) -> tuple[JoinRequest, Invite]:
+        """The verified first message. Raises InviteError or another ManyhandsError with the sentence for the peer."""
+        message = await asyncio.wait_for(anext(messages), HANDSHAKE_TIMEOUT_S)
+        if message.WhichOneof("message") != "join_request":
+            raise VerificationError("a session begins with a join request")
+        signed = unpack(message.join_request)
+        join = open_signed(signed, JoinRequest, run_id=self._run.run_id)
+        if not hmac.compare_digest(join.nonce, nonce):
+            raise VerificationError("the join request answers another challenge")
+        if join.protocol_version != PROTOCOL_VERSION:
+            raise VerificationError(
+                f"this run speaks protocol version {PROTOCOL_VERSION}, the worker {join.protocol_version}; "
+                "`pip install --upgrade manyhands`"
+            )
+        invite, issuer = decode_invite(join.invite, now_unix_s=time.time())
+        if issuer != self._public_key or invite.run_id != self._run.run_id:
+            raise InviteError("the invite is forged: this coordinator did not issue it; ask for a new one")
+        return join, invite
+
+    def _let_in(self, committed: Committed, session: PeerSession, decided: "asyncio.Future[RefusePeer | None]") -> None:
+        refusal = next((effect for effect in committed.effects if isinstance(effect, RefusePeer)), None)
+        if refusal is None:
+            state = self._engine.state
+            self._sessions.add(session)
+            session.send(
+                welcome=pb.Welcome(
+                    genesis=pack(self._genesis),
+                    session_token=session.token,
+                    round=state.rounds_merged,
+                    checkpoint_round=state.checkpoint_round,
+                    checkpoint_digest=state.checkpoint_digest,
+                    heartbeat_every_s=self._run.spec.round.heartbeat_timeout_s / 5,
+                )
+            )
+        if not decided.done():
+            decided.set_result(refusal)
+
+    async def _read_messages(self, messages: AsyncIterator[pb.PeerMessage], session: PeerSession) -> None:
+        """Turn a peer's messages into events until it leaves, falls silent or says something malformed."""
+        try:
+            while True:
+                message = await asyncio.wait_for(anext(messages), self._run.spec.round.heartbeat_timeout_s)
+                self._take(message, session)
+                if message.WhichOneof("message") == "leaving":
+                    break
+        except TimeoutError:
+            log.warning("silent peer", peer=session.peer, timeout_s=self._run.spec.round.heartbeat_timeout_s)
+            session.send(refused=pb.Refused(code="silent", reason="nothing was heard from this worker for too long"))
+        except StopAsyncIteration:
+            pass
+        except ManyhandsError as error:
+            log.warning("bad message", peer=session.peer, error=str(error))
+            session.send(refused=pb.Refused(code="bad_message", reason=str(error)))
+        except (grpc.RpcError, asyncio.CancelledError):
+            raise
+        finally:
+            session.close()
+
+    def _take(self, message: pb.PeerMessage, session: PeerSession) -> None:
+        match message.WhichOneof("message"):
+            case "heartbeat":
+                session.heartbeat = message.heartbeat
+            case "contribution":
+                self._take_contribution(unpack(message.contribution), session)
+            case "state":
+                self._engine.submit(
+                    ev.StateReported(
+                        peer=session.peer,
+                        round=message.state.round,
+                        digest=_limited(message.state.digest, 64),
+                        claimed_steps_per_s=_finite(message.state.claimed_steps_per_s),
+                    )
+                )
+            case "lease_return":
+                self._engine.submit(
+                    ev.LeaseReturned(
+                        peer=session.peer,
+                        lease_id=message.lease_return.lease_id,
+                        reason=_limited(message.lease_return.reason, 200),
+                    )
+                )
+            case "evaluation":
+                self._take_evaluation(unpack(message.evaluation), session)
+            case "leaving":
+                log.info("leaving", peer=session.peer, reason=_limited(message.leaving.reason, 200))
+            case other:
+                raise VerificationError(f"not a message for this moment: {other}")
+
+    def _take_contribution(self, signed: Signed, session: PeerSession) -> None:
+        header = open_signed(signed, Contribution, run_id=self._run.run_id)
+        if header.peer != session.peer:
+            raise VerificationError("the contribution is not signed by this session's peer")
+        if header.codec != self._codec_name:
+            raise VerificationError(f"the run's codec is {self._codec_name}, not {header.codec}")
+        if header.payload_bytes > self._max_payload_bytes:
+            raise VerificationError(f"a payload of {header.payload_bytes} bytes; at most {self._max_payload_bytes}")
+        self._engine.submit(
+            ev.ContributionCommitted(
+                peer=header.peer,
+                lease_id=header.lease_id,
+                base_digest=header.base_digest,
+                units=tuple((shard.pass_index, shard.index) for shard in header.shards),
+                inner_steps=header.inner_steps,
+                tokens=header.tokens,
+                mean_loss=header.mean_loss,
+                codec=header.codec,
+                contribution_hash=signed.hash,
+                payload_hash=header.payload_hash,
+                payload_bytes=header.payload_bytes,
+            ),
+            documents=(signed,),
+        )
+
+    def _take_evaluation(self, signed: Signed, session: PeerSession) -> None:
+        report = open_signed(signed, EvaluationReport, run_id=self._run.run_id)
+        if report.peer != session.peer or session.role != "validator":
+            raise VerificationError("only the validator evaluates")
+        if report.checkpoint and not self._store.has(report.digest):
+            raise VerificationError("the checkpoint was not pushed before it was reported")
+        self._engine.submit(
+            ev.EvaluationReported(
+                peer=report.peer,
+                round=report.round,
+                digest=report.digest,
+                held_out_loss=report.held_out_loss,
+                checkpoint=report.checkpoint,
+                report_hash=signed.hash,
+            ),
+            documents=(signed,),
+        )
+
+    # ---- blobs and ledger
+
+    async def PushBlob(  # noqa: N802 - the name is the service's
+        self, request_iterator: AsyncIterator[pb.BlobChunk], context: Context
+    ) -> pb.PushBlobReply:
+        session = await self._authenticate(context)
+        try:
+            first = await asyncio.wait_for(anext(request_iterator), HANDSHAKE_TIMEOUT_S)
+            size = self._allowed_size(first, session)
+            if size is None:
+                return pb.PushBlobReply(stored=False, reason="nobody announced this blob")
+            if not self._store.has(first.hash):
+                with self._store.receive(first.hash, size, resume=False) as writer:
+                    writer.write(first.data)
+                    async for chunk in request_iterator:
+                        await asyncio.to_thread(writer.write, chunk.data)
+                    await asyncio.to_thread(partial(writer.commit, durable=True))
+        except (VerificationError, ValueError) as error:
+            return pb.PushBlobReply(stored=False, reason=str(error))
+        except (TimeoutError, StopAsyncIteration):
+            return pb.PushBlobReply(stored=False, reason="no data arrived")
+        self._payloads.arrived(first.hash)
+        return pb.PushBlobReply(stored=True)
+
+    def _allowed_size(self, first: pb.BlobChunk, session: PeerSession) -> int | None:
+        if session.role == "validator":
+            return first.size if first.size <= MAX_BLOB_BYTES else None
+        size = self._payloads.expected_size(first.hash, session.peer)
+        return size if size == first.size else None
+
+    async def FetchBlobs(  # noqa: N802 - the name is the service's
+        self, request: pb.FetchBlobsRequest, context: Context
+    ) -> AsyncIterator[pb.BlobChunk]:
+        await self._authenticate(context)
+        if len(request.hashes) > MAX_HASHES:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"at most {MAX_HASHES} blobs at once")
+        offset = request.offset
+        for hash_ in request.hashes:
+            try:
+                size = self._store.size(hash_)
+            except (ManyhandsError, ValueError) as error:
+                await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            first = True
+            while first or offset < size:
+                data = await asyncio.to_thread(self._store.read_piece, hash_, offset, CHUNK_BYTES)
+                yield pb.BlobChunk(hash=hash_ if first else "", size=size if first else 0, data=data)
+                first = False
+                offset += len(data)
+            offset = 0
+
+    async def GetLedger(  # noqa: N802 - the name is the service's
+        self, request: pb.GetLedgerRequest, context: Context
+    ) -> AsyncIterator[pb.SignedDocument]:
+        await self._authenticate(context)
+        if request.manifests_only:
+            rows = self._database.read_ledger(request.from_seq, kinds=("manifest",), from_round=request.from_round)
+        else:
+            rows = self._database.read_ledger(request.from_seq)
+        while (row := await asyncio.to_thread(next, rows, None)) is not None:
+            yield pack(row.signed)
+
+    async def _authenticate(self, context: Context) -> PeerSession:
+        metadata = dict(context.invocation_metadata() or ())
+        session = self._sessions.find_by_token(str(metadata.get("session-token", "")))
+        if session is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "join first: the session token is not known")
+            raise AssertionError  # abort has raised; this tells the type checker
+        return session
+
+    # ---- operator
+
+    async def Operate(  # noqa: N802 - the name is the service's
+        self, request: pb.OperatorRequest, context: Context
+    ) -> pb.OperatorReply:
+        try:
+            command = open_signed(
+                unpack(request.command), OperatorCommand, signer=self._public_key, run_id=self._run.run_id
+            )
+            self._refuse_replay(command)
+            return pb.OperatorReply(json=json.dumps(self._operate(command)))
+        except ManyhandsError as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+            raise
+
+    def _refuse_replay(self, command: OperatorCommand) -> None:
+        now = time.time()
+        self._seen_nonces = {n: t for n, t in self._seen_nonces.items() if now - t < 2 * COMMAND_MAX_AGE_S}
+        if abs(now - command.unix_s) > COMMAND_MAX_AGE_S or command.nonce in self._seen_nonces:
+            raise VerificationError("the command is old or was seen before")
+        self._seen_nonces[command.nonce] = now
+
+
+def _refused(code: str, reason: str) -> pb.CoordinatorMessage:
+    return pb.CoordinatorMessage(refused=pb.Refused(code=code, reason=reason))
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise VerificationError("a number that is not finite")
+    return value
+
+
+def _limited(text: str, most: int) -> str:
+    if len(text) > most:
+        raise VerificationError(f"a text of {len(text)} characters; at most {most}")
+    return text

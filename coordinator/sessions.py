@@ -1,0 +1,172 @@
+"""Who is connected, and what waits to be sent to them. Carries the core's effects out to peers.
+
+A peer that does not read is cut off when its outbox is full, so that it cannot make the coordinator's memory grow.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from secrets import token_hex
+
+import structlog
+
+from coordinator.core import effects as fx
+from coordinator.engine import Committed, Engine
+from coordinator.payloads import PayloadChecker
+from coordinator.storage.database import LedgerRow
+from protocol.documents import Lease, Receipt, ShardRef, sign
+from protocol.envelope import pack
+from protocol.identity import Identity
+from protocol.wire import coordinator_pb2 as pb
+
+log = structlog.get_logger()
+OUTBOX_MESSAGES = 1_000
+
+
+@dataclass(slots=True, kw_only=True)
+class PeerSession:
+    """One connected peer. The shell's own view of it; what counts is in the core's state."""
+
+    peer: str
+    name: str
+    role: str
+    addresses: tuple[str, ...]
+    token: str = field(default_factory=lambda: token_hex(32))
+    outbox: asyncio.Queue[pb.CoordinatorMessage | None] = field(default_factory=lambda: asyncio.Queue(OUTBOX_MESSAGES))
+    heartbeat: pb.Heartbeat = field(default_factory=pb.Heartbeat)
+    closed: bool = False
+
+    def send(self, **message: object) -> None:
+        """Queue a message; a peer whose outbox is full is closed."""
+        if self.closed:
+            return
+        try:
+            self.outbox.put_nowait(pb.CoordinatorMessage(**message))  # type: ignore[arg-type] # one field of the oneof
+        except asyncio.QueueFull:
+            log.warning("peer does not read its messages", peer=self.peer)
+            self.close()
+
+    def close(self) -> None:
+        """End the session; what is queued is dropped when there is no room for the end mark."""
+        self.closed = True
+        while True:
+            try:
+                self.outbox.put_nowait(None)
+                return
+            except asyncio.QueueFull:
+                self.outbox.get_nowait()
+
+
+class Sessions:
+    """All connected peers; implements the engine's Carrier."""
+
+    def __init__(self, engine: Engine, identity: Identity, run_id: str, payloads: PayloadChecker) -> None:
+        self._engine = engine
+        self._identity = identity
+        self._run_id = run_id
+        self._payloads = payloads
+        self._by_peer: dict[str, PeerSession] = {}
+        self._by_token: dict[str, PeerSession] = {}
+
+    def add(self, session: PeerSession) -> None:
+        """Register a peer that was let in; an older session of the same peer ends."""
+        older = self._by_peer.get(session.peer)
+        if older is not None:
+            older.send(refused=pb.Refused(code="replaced", reason="the same identity joined from elsewhere"))
+            older.close()
+            self._by_token.pop(older.token, None)
+        self._by_peer[session.peer] = session
+        self._by_token[session.token] = session
+
+    def remove(self, session: PeerSession) -> bool:
+        """Forget a session that ended. True when it was the peer's current one."""
+        self._by_token.pop(session.token, None)
+        if self._by_peer.get(session.peer) is not session:
+            return False
+        del self._by_peer[session.peer]
+        return True
+
+    def find_by_token(self, token: str) -> PeerSession | None:
+        return self._by_token.get(token)
+
+    def connected(self) -> list[PeerSession]:
+        return list(self._by_peer.values())
+
+    def close_all(self) -> None:
+        for session in self.connected():
+            session.close()
+
+    # ---- the engine's Carrier
+
+    def carry_out(self, committed: Committed) -> None:
+        for effect in committed.effects:
+            match effect:
+                case fx.GrantLease():
+                    self._to(effect.peer, lease=pack(sign(self._lease(effect), self._identity)))
+                case fx.CheckPayload():
+                    self._payloads.expect(effect)
+                    self._to(effect.peer, wanted=pb.PayloadWanted(payload_hash=effect.payload_hash))
+                case fx.JudgeContribution():
+                    verdict = pb.ContributionVerdict(
+                        payload_hash=effect.payload_hash, accepted=effect.accepted, reason=effect.reason
+                    )
+                    self._to(effect.peer, verdict=verdict)
+                    if not effect.accepted:
+                        log.warning("contribution refused", peer=effect.peer, reason=effect.reason)
+                case fx.CloseRound():
+                    self._announce_round(effect, committed.entries)
+                case fx.VoidRound():
+                    log.warning("round void", round=effect.round, reason=effect.reason)
+                case fx.RequestResync():
+                    log.warning("digest differs", peer=effect.peer, reason=effect.reason)
+                    self._to(effect.peer, resync=pb.Resync(reason=effect.reason))
+                case fx.AnnouncePhase():
+                    self._to_all(phase=pb.PhaseNotice(phase=effect.phase.value, reason=effect.reason))
+                case fx.RefusePeer() | fx.RecordEvaluation():
+                    pass  # the session that asked is told by the service; the ledger entry is all of it
+
+    def _announce_round(self, closed: fx.CloseRound, entries: Sequence[LedgerRow]) -> None:
+        sources = [
+            pb.PayloadSource(payload_hash=credit.payload_hash, peer=credit.peer, addresses=self._addresses(credit.peer))
+            for credit in closed.credits
+        ]
+        notice = pb.ManifestNotice(manifest=pack(entries[0].signed), sources=sources)
+        self._to_all(manifest=notice)
+        for entry in entries[1:]:
+            receipt = Receipt.model_validate_json(entry.body)
+            self._to(receipt.peer, receipt=pack(entry.signed))
+        log.info(
+            "round closed",
+            round=closed.round,
+            contributions=len(closed.credits),
+            leased=closed.leased_peers,
+            tokens=closed.tokens_after,
+            because=closed.closed_because,
+        )
+
+    def _lease(self, grant: fx.GrantLease) -> Lease:
+        return Lease(
+            run_id=self._run_id,
+            lease_id=grant.lease_id,
+            peer=grant.peer,
+            round=grant.round,
+            base_digest=grant.base_digest,
+            shards=tuple(ShardRef(pass_index=unit[0], index=unit[1]) for unit in grant.units),
+            steps_per_shard=self._engine.state.spec.data.shard_steps,
+            deadline_in_s=grant.deadline_in_s,
+            tokens_before=grant.tokens_before,
+            round_tokens=grant.round_tokens,
+        )
+
+    def _addresses(self, peer: str) -> tuple[str, ...]:
+        session = self._by_peer.get(peer)
+        return session.addresses if session else ()
+
+    def _to(self, peer: str, **message: object) -> None:
+        session = self._by_peer.get(peer)
+        if session is not None:
+            session.send(**message)
+
+    def _to_all(self, **message: object) -> None:
+        for session in self.connected():
+            session.send(**message)

@@ -1,0 +1,1 @@
+"""What the coordinator remembers, in SQLite or PostgreSQL through SQLAlchemy."""

@@ -1,0 +1,43 @@
+"""float32: the values as they are, 4 bytes a parameter. The reference that the other codecs are measured against."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from protocol.codecs.payload import (
+    HEADER_BYTES,
+    PIECE_VALUES,
+    PayloadHeader,
+    PiecewiseCodec,
+    Vector,
+    Where,
+    check_decoded,
+    check_vector,
+)
+from protocol.errors import PayloadError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Float32Codec(PiecewiseCodec):
+    """Body: D little-endian float32. Lossless. No options."""
+
+    name: ClassVar[str] = "float32"
+    codec_id: ClassVar[int] = 1
+
+    def encode(self, vector: Vector) -> bytes:
+        check_vector(vector)
+        return self._header(vector.size) + vector.astype("<f4", copy=False).tobytes()
+
+    def payload_bytes_max(self, num_parameters: int) -> int:
+        return HEADER_BYTES + 4 * num_parameters
+
+    def _decode_pieces(self, body: memoryview, header: PayloadHeader) -> Iterator[tuple[Where, Vector]]:
+        if len(body) != 4 * header.num_parameters:
+            raise PayloadError(f"{len(body)} bytes of float32 for {header.num_parameters} parameters")
+        for start in range(0, header.num_parameters, PIECE_VALUES):
+            stop = min(start + PIECE_VALUES, header.num_parameters)
+            values = np.frombuffer(body[4 * start : 4 * stop], "<f4")
+            check_decoded(values)
+            yield slice(start, stop), values

@@ -1,0 +1,156 @@
+"""sparse: the k largest of every chunk, two bits a value, gaps between indices Rice-coded.
+
+At k = 64 of 4096: 0.0190 bytes a parameter, 211 times less than float32, lossless in the indices. For large models and
+thin links, always with error feedback. After DeMo and SparseLoCo (arXiv:2508.15706), whose indices take 12 bits.
+
+The two magnitudes of a chunk are those that make its squared error least (exact two-means over its sorted values);
+each is stored as an 8-bit float (protocol.codecs.scales). Body: segments of about 2^20 parameters, each
+
+    exponent i16; 2 scale bytes a chunk (small, large); one sign bit a value; one large-magnitude bit a value; indices
+
+The values of a chunk are in the order of their indices. A last chunk of t values is a segment of its own with
+max(1, k t / chunk) of them. Shape letters: N chunks, M values a chunk, K values sent.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.codecs.bits import Reader, bytes_of_bits, pack_flags, unpack_flags
+from protocol.codecs.indices import pack_plain, pack_rice, plain_bytes, read_plain, read_rice, rice_bytes_max
+from protocol.codecs.payload import HEADER_BYTES, PayloadHeader, PiecewiseCodec, Vector, Where, check_vector
+from protocol.codecs.scales import exponent_of, load_float8, store_float8
+from protocol.codecs.selection import select_largest
+from protocol.errors import ConfigError
+
+_SEGMENT_VALUES = 1 << 20
+_CHUNK_MIN, _CHUNK_MAX = 16, 1 << 16
+_EXPONENT = struct.Struct("<h")
+PLAIN, RICE = 0, 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Segment:
+    """Chunks that are coded together: parameters `start` to `start + num_chunks * length`."""
+
+    start: int
+    num_chunks: int
+    length: int
+    k: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseCodec(PiecewiseCodec):
+    """Options: `k` values of every `chunk` (a power of two); `packing` of the indices, 0 plain or 1 Rice."""
+
+    name: ClassVar[str] = "sparse"
+    codec_id: ClassVar[int] = 7
+    k: int = 64
+    chunk: int = 4096
+    packing: int = RICE
+
+    def __post_init__(self) -> None:
+        if not _CHUNK_MIN <= self.chunk <= _CHUNK_MAX or self.chunk & (self.chunk - 1):
+            raise ConfigError(
+                f"codec sparse: chunk = {self.chunk} is not a power of two from {_CHUNK_MIN} to {_CHUNK_MAX}"
+            )
+        if not 1 <= self.k <= self.chunk:
+            raise ConfigError(f"codec sparse: k = {self.k} is not from 1 to chunk = {self.chunk}")
+        if self.packing not in (PLAIN, RICE):
+            raise ConfigError(f"codec sparse: packing = {self.packing} is neither 0 (plain) nor 1 (Rice)")
+
+    def encode(self, vector: Vector) -> bytes:
+        check_vector(vector)
+        vector = np.ascontiguousarray(vector)
+        parts = [self._header(vector.size)]
+        parts += [self._encode_segment(vector, segment) for segment in self._segments(vector.size)]
+        return b"".join(parts)
+
+    def payload_bytes_max(self, num_parameters: int) -> int:
+        index_bytes = plain_bytes if self.packing == PLAIN else rice_bytes_max
+        whole, rest = divmod(num_parameters, self.chunk)
+        full, left = divmod(whole, self._segment_chunks())
+        total = HEADER_BYTES
+        for count, num_chunks, length in (
+            (full, self._segment_chunks(), self.chunk),
+            (1, left, self.chunk),
+            (1, 1, rest),
+        ):
+            if count and num_chunks and length:
+                k = self._k_of(length)
+                fixed = _EXPONENT.size + 2 * num_chunks + 2 * bytes_of_bits(num_chunks * k)
+                total += count * (fixed + index_bytes(num_chunks, k, length))
+        return total
+
+    def _decode_pieces(self, body: memoryview, header: PayloadHeader) -> Iterator[tuple[Where, Vector]]:
+        read_indices = read_plain if self.packing == PLAIN else read_rice
+        reader = Reader(body)
+        for segment in self._segments(header.num_parameters):
+            shape = (segment.num_chunks, segment.k)
+            count = segment.num_chunks * segment.k
+            (exponent,) = _EXPONENT.unpack(reader.take(_EXPONENT.size))
+            scales_n2 = load_float8(reader.take(2 * segment.num_chunks), exponent, 1.0).reshape(-1, 2)
+            negative_nk = unpack_flags(reader.take(bytes_of_bits(count)), count).reshape(shape)
+            large_nk = unpack_flags(reader.take(bytes_of_bits(count)), count).reshape(shape)
+            indices_nk = read_indices(reader, *shape, segment.length)
+            values_nk = np.where(large_nk, scales_n2[:, 1:], scales_n2[:, :1])
+            np.negative(values_nk, out=values_nk, where=negative_nk)
+            indices_nk += segment.start + segment.length * np.arange(segment.num_chunks)[:, None]
+            yield indices_nk.reshape(-1), values_nk.reshape(-1)
+        reader.finish()
+
+    def _encode_segment(self, vector: Vector, segment: _Segment) -> bytes:
+        values = vector[segment.start : segment.start + segment.num_chunks * segment.length]
+        if segment.length < self.chunk:  # zeros tie at worst, and then the lower index, a real value, is selected
+            values = np.pad(values, (0, self.chunk - segment.length))
+        chunks_nm = values.reshape(segment.num_chunks, self.chunk)
+        order_nk = select_largest(chunks_nm, segment.k)
+        sent_nk = np.take_along_axis(chunks_nm, order_nk, axis=1)
+        scales_n2, num_large_n = _fit_two_levels(np.abs(sent_nk))
+        large_nk = np.arange(segment.k) < num_large_n[:, None]
+        tagged_nk = (order_nk << 2) | ((sent_nk < 0).astype(np.int64) << 1) | large_nk
+        tagged_nk.sort(axis=1)
+        exponent = exponent_of(scales_n2)
+        pack_indices = pack_plain if self.packing == PLAIN else pack_rice
+        return b"".join(
+            (
+                _EXPONENT.pack(exponent),
+                store_float8(scales_n2, exponent).tobytes(),
+                pack_flags((tagged_nk & 2) != 0),
+                pack_flags((tagged_nk & 1) != 0),
+                pack_indices(tagged_nk >> 2, segment.length),
+            )
+        )
+
+    def _segments(self, num_parameters: int) -> Iterator[_Segment]:
+        whole, rest = divmod(num_parameters, self.chunk)
+        step = self._segment_chunks()
+        for first in range(0, whole, step):
+            num_chunks = min(step, whole - first)
+            yield _Segment(start=first * self.chunk, num_chunks=num_chunks, length=self.chunk, k=self.k)
+        if rest:
+            yield _Segment(start=whole * self.chunk, num_chunks=1, length=rest, k=self._k_of(rest))
+
+    def _segment_chunks(self) -> int:
+        return _SEGMENT_VALUES // self.chunk
+
+    def _k_of(self, length: int) -> int:
+        return max(1, self.k * length // self.chunk)
+
+
+def _fit_two_levels(magnitudes_nk: Vector) -> tuple[Vector, NDArray[np.int64]]:
+    """Scales (N, 2), small and large, and how many (N,) of the falling magnitudes (N, K) are large: least squares."""
+    k = magnitudes_nk.shape[1]
+    num_large = np.arange(1, k + 1)
+    num_small = np.maximum(k - num_large, 1)  # with nothing small, the sum below is zero as well
+    sums_nk = np.cumsum(magnitudes_nk, axis=1, dtype=np.float64)
+    rests_nk = sums_nk[:, -1:] - sums_nk
+    best_n = np.argmax(sums_nk**2 / num_large + rests_nk**2 / num_small, axis=1)
+    rows_n = np.arange(len(best_n))
+    large_n = sums_nk[rows_n, best_n] / num_large[best_n]
+    small_n = rests_nk[rows_n, best_n] / num_small[best_n]
+    return np.stack((small_n, large_n), axis=1).astype(np.float32), best_n + 1

@@ -1,0 +1,45 @@
+"""Error feedback: what a lossy codec left out is sent later.
+
+e <- β e + Δ; send Q(e); e <- e - Q(e), the last only when a signed manifest lists the payload. Without a manifest e
+keeps everything, so the work of a rejected contribution is in the next one. (Templar subtracts before it knows.)
+Seide et al. 2014; Karimireddy et al. 2019 (arXiv:1901.09847). The residual belongs to one worker and is never shared.
+"""
+
+import numpy as np
+
+from protocol.codecs import codec_of
+from protocol.codecs.payload import Vector, check_vector
+
+
+class ErrorFeedback:
+    """The residual e, float32 (D,), of one worker."""
+
+    def __init__(self, num_parameters: int) -> None:
+        self._residual = np.zeros(num_parameters, np.float32)
+
+    def compensate(self, delta: Vector, decay: float) -> Vector:
+        """e <- decay * e + delta; returns e, the vector to encode (a read-only view, valid until the next call).
+
+        Raises PayloadError, and leaves e as it is, when delta is not finite float32: what diverged is not kept.
+        """
+        check_vector(delta)
+        self._residual *= np.float32(decay)
+        self._residual += delta
+        view = self._residual.view()
+        view.flags.writeable = False
+        return view
+
+    def settle(self, payload: bytes) -> None:
+        """e <- e - decode(payload). Call it when a manifest has accepted the payload, and only then."""
+        codec_of(payload).accumulate(payload, -1.0, self._residual)
+
+    def state(self) -> Vector:
+        """A copy of e, to be kept over a restart."""
+        return self._residual.copy()
+
+    def restore(self, residual: Vector) -> None:
+        """Take up a kept e. Raises PayloadError when it is not finite float32, ValueError for another size."""
+        check_vector(residual)
+        if residual.shape != self._residual.shape:
+            raise ValueError(f"a residual of shape {residual.shape} for {self._residual.size} parameters")
+        self._residual[:] = residual

@@ -1,0 +1,1 @@
+"""How large things travel: content-addressed payloads, kept in a store and fetched by hash."""

@@ -1,0 +1,1 @@
+"""Generated from protocol/coordinator.proto by `make proto`; not edited by hand."""

@@ -1,0 +1,1 @@
+"""The same core, codecs and merge under a virtual clock and network."""

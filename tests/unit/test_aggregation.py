@@ -1,0 +1,181 @@
+"""Aggregation rules, the cap on a peer's share, the deterministic merge, and the outer optimizers."""
+
+import hashlib
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.aggregation import RULES, Vote, cap_weights, get_rule
+from protocol.aggregation.merge import merge
+from protocol.codecs import get_codec
+from protocol.codecs.payload import Vector
+from protocol.errors import ConfigError, PayloadError, VerificationError
+from protocol.outer import OUTER_OPTIMIZERS, get_outer
+
+
+def votes(*norms: float) -> list[Vote]:
+    return [Vote(weight=1.0, norm=norm) for norm in norms]
+
+
+# ---- rules
+
+
+def test_nearest_rule_is_named_when_the_name_is_unknown() -> None:
+    with pytest.raises(ConfigError, match="did you mean `norm_clip`"):
+        get_rule("normclip")
+
+
+def test_every_contribution_counts_in_full_when_the_rule_is_mean() -> None:
+    assert get_rule("mean")(votes(1.0, 1e6), 2.0) == [1.0, 1.0]
+
+
+def test_only_outliers_are_scaled_down_when_the_rule_is_norm_clip() -> None:
+    assert get_rule("norm_clip")(votes(1.0, 2.0, 3.0, 40.0), 2.0) == [1.0, 1.0, 1.0, 0.1]
+
+
+def test_smaller_norm_decides_when_there_are_two() -> None:
+    assert get_rule("norm_clip")(votes(100.0, 1.0), 2.0) == [0.02, 1.0]
+
+
+def test_honest_peers_are_not_clipped_when_most_send_zeros() -> None:
+    assert get_rule("norm_clip")(votes(0.0, 0.0, 0.0, 5.0, 5.0), 1.0) == [1.0] * 5
+    assert get_rule("norm_clip")(votes(0.0, 0.0), 1.0) == [1.0, 1.0]
+
+
+@given(norms=st.lists(st.floats(0, 1e30), max_size=20), factor=st.floats(0.01, 100))
+def test_factors_are_fractions_whatever_the_norms_are(norms: list[float], factor: float) -> None:
+    for rule in RULES.values():
+        factors = rule(votes(*norms), factor)
+        assert len(factors) == len(norms)
+        assert all(0.0 <= value <= 1.0 for value in factors)
+
+
+# ---- the cap on a share
+
+
+def test_large_weights_are_lowered_to_the_cap_when_they_exceed_it() -> None:
+    assert cap_weights([10.0, 1.0, 1.0, 0.0], 0.5) == [2.0, 1.0, 1.0, 0.0]
+    assert cap_weights([100.0, 50.0, 1.0, 1.0], 0.4) == pytest.approx([4.0, 4.0, 1.0, 1.0])
+    assert cap_weights([3.0, 1.0], 1.0) == [3.0, 1.0]
+    assert cap_weights([], 0.5) == []
+    assert cap_weights([0.0], 0.5) == [0.0]
+
+
+def test_shares_become_equal_when_too_few_peers_can_keep_the_cap() -> None:
+    assert cap_weights([5.0, 0.0, 2.0], 0.3) == [2.0, 0.0, 2.0]
+    assert cap_weights([7.0], 0.1) == [7.0]
+
+
+def test_weights_are_refused_when_negative_or_the_cap_is_no_fraction() -> None:
+    for weights, fraction in (([-1.0], 0.5), ([1.0], 0.0), ([1.0], 1.5)):
+        with pytest.raises(ValueError, match="max_fraction"):
+            cap_weights(weights, fraction)
+
+
+@given(weights=st.lists(st.floats(1e-6, 1e9), min_size=1, max_size=30), fraction=st.floats(0.02, 1.0))
+def test_cap_holds_where_it_can_and_order_is_kept(weights: list[float], fraction: float) -> None:
+    capped = cap_weights(weights, fraction)
+    assert all(0.0 < new <= old for new, old in zip(capped, weights, strict=True))
+    largest = max(capped) / sum(capped)
+    assert largest <= max(fraction, 1 / len(weights)) * (1 + 1e-9)
+    by_weight = [new for _, new in sorted(zip(weights, capped, strict=True))]
+    assert all(lower <= higher for lower, higher in pairwise(by_weight))
+
+
+# ---- the merge
+
+
+def vector(*values: float) -> Vector:
+    return np.array(values, np.float32)
+
+
+def test_absent_peers_count_as_zero_when_the_divisor_holds_their_weight() -> None:
+    codec = get_codec("float32")
+    payloads = [codec.encode(vector(2, 0)), codec.encode(vector(4, 8))]
+    merged = merge([(payloads[0], 1.0, 1.0), (payloads[1], 3.0, 0.5)], 10.0, 2)
+    np.testing.assert_allclose(merged, [0.8, 1.2], rtol=1e-6)
+
+
+def test_lone_index_gets_its_peers_share_and_no_more_when_nobody_else_sends_it() -> None:
+    codec = get_codec("sparse", {"k": 1, "chunk": 16})
+    honest, lone = np.zeros(16, np.float32), np.zeros(16, np.float32)
+    honest[3], lone[7] = 1.0, 1.0
+    merged = merge([(codec.encode(honest), 1.0, 1.0)] * 9 + [(codec.encode(lone), 1.0, 1.0)], 10.0, 16)
+    assert merged[7] == pytest.approx(0.1)
+
+
+def test_merge_is_refused_when_a_coefficient_is_not_usable() -> None:
+    payload = get_codec("float32").encode(vector(1, 2))
+    for weight, clip, divisor in ((1.0, 1.0, 0.0), (-1.0, 1.0, 1.0), (1e300, 1.0, 1e-300), (0.0, 1.0, 0.0)):
+        with pytest.raises(VerificationError, match="coefficient"):
+            merge([(payload, weight, clip)], divisor, 2)
+    with pytest.raises(PayloadError):
+        merge([(payload[:-1], 1.0, 1.0)], 1.0, 2)
+
+
+def test_merge_is_the_golden_one_when_the_payloads_are_fixed() -> None:
+    base = (np.arange(5000, dtype=np.float32) % 97 - 48) / np.float32(31)
+    contributions = [
+        (get_codec(name).encode(np.roll(base, place * 7)), 3.0 + place, 1.0 / (1 + place))
+        for place, name in enumerate(["float32", "float16", "int8", "int4", "int2", "sign", "sparse"])
+    ]
+    merged = merge(contributions, 50.0, base.size)
+    assert hashlib.sha256(merged.tobytes()).hexdigest()[:32] == GOLDEN_MERGE
+
+
+GOLDEN_MERGE = "514ad47d26cf32605d3a680130c8ffcb"
+
+
+# ---- outer optimizers
+
+
+@pytest.mark.parametrize(("name", "nesterov"), [("sgd", False), ("nesterov", True)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_are_those_of_torch_when_momentum_is_classical_or_nesterov(
+    name: str, nesterov: bool, momentum: float
+) -> None:
+    rng = np.random.default_rng(0)
+    theta = rng.standard_normal(100).astype(np.float32)
+    parameter = torch.nn.Parameter(torch.tensor(theta))
+    reference = torch.optim.SGD([parameter], lr=0.7, momentum=momentum, nesterov=nesterov and momentum > 0)
+    optimizer = get_outer(name, 0.7, momentum)
+    velocity = None
+    for _ in range(4):
+        gradient = rng.standard_normal(100).astype(np.float32)
+        parameter.grad = torch.tensor(gradient)
+        reference.step()
+        theta, velocity = optimizer.step(theta, velocity, gradient)
+        np.testing.assert_allclose(theta, parameter.detach().numpy(), atol=1e-6)
+    assert (velocity is not None) == optimizer.has_momentum
+
+
+def test_theta_moves_to_the_mean_when_averaging() -> None:
+    theta, momentum = get_outer("average", 1.0, 0.0).step(vector(3, 3), None, vector(1, -1))
+    assert theta.tolist() == [2, 4]
+    assert momentum is None
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov"])
+def test_momentum_of_none_is_zeros_and_arguments_stay_as_they_are(name: str) -> None:
+    optimizer = get_outer(name, 0.5, 0.9)
+    theta, gradient, zeros = vector(1, 2), vector(3, -4), vector(0, 0)
+    first = optimizer.step(theta, None, gradient)
+    second = optimizer.step(theta, zeros, gradient)
+    assert [array.tobytes() for array in first if array is not None] == [
+        array.tobytes() for array in second if array is not None
+    ]
+    assert (theta.tolist(), gradient.tolist(), zeros.tolist()) == ([1, 2], [3, -4], [0, 0])
+    assert first[1] is not gradient
+
+
+def test_outer_optimizer_is_refused_when_unknown_or_given_what_it_does_not_take() -> None:
+    with pytest.raises(ConfigError, match="did you mean `nesterov`"):
+        get_outer("nestrov", 1.0, 0.0)
+    for name, rate, momentum in (("average", 0.5, 0.0), ("average", 1.0, 0.5), ("sgd", 0.0, 0.0), ("sgd", 1.0, 1.0)):
+        with pytest.raises(ConfigError):
+            get_outer(name, rate, momentum)
+    assert {get_outer(name, 1.0, 0.0).name for name in OUTER_OPTIMIZERS} == {"average", "nesterov", "sgd"}

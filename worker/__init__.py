@@ -1,0 +1,1 @@
+"""Computes: inner steps on leased data, on whatever machine this is."""

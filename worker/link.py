@@ -1,0 +1,215 @@
+"""The conversation with the coordinator: one session stream, and blobs and ledger beside it.
+
+Opening a link joins the run. What the coordinator sends is verified here (its signature, this run) before anybody acts
+on it. A link is used once: when the connection breaks, the owner opens another.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+
+from protocol.documents import (
+    PROTOCOL_VERSION,
+    Document,
+    Genesis,
+    Invite,
+    JoinRequest,
+    Manifest,
+    open_signed,
+    sign,
+)
+from protocol.envelope import pack, unpack
+from protocol.errors import ConnectionFailedError, InviteError, MissingBlobError, RefusedError, VerificationError
+from protocol.exchange.dial import dial
+from protocol.exchange.fetch import BlobSink
+from protocol.exchange.store import BlobStore
+from protocol.identity import Identity
+from protocol.signing import Signed
+from protocol.wire import coordinator_pb2 as pb
+from protocol.wire.coordinator_pb2_grpc import CoordinatorServiceStub
+
+ANSWER_TIMEOUT_S = 20.0
+CHUNK_TIMEOUT_S = 60.0
+CHUNK_BYTES = 256 * 1024
+MAX_HASHES = 4096
+D = TypeVar("D", bound=Document)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Introduction:
+    """What a peer says of itself when it joins."""
+
+    name: str
+    device: str
+    software: str
+    addresses: tuple[str, ...] = ()
+    lease_id: int | None = None
+
+
+class CoordinatorLink:
+    """A joined session. Use as an async context manager."""
+
+    def __init__(self, invite_text: str, invite: Invite, coordinator_key: bytes, identity: Identity) -> None:
+        self._invite_text = invite_text
+        self._invite = invite
+        self._coordinator_key = coordinator_key
+        self._identity = identity
+        self._outbox: asyncio.Queue[pb.PeerMessage | None] = asyncio.Queue()
+        self._metadata: tuple[tuple[str, str], ...] = ()
+        self.genesis: Genesis
+        self.welcome: pb.Welcome
+
+    async def __aenter__(self) -> Self:
+        self._channel = await dial(self._invite.address, self._invite.tls_fingerprint)
+        self._stub = CoordinatorServiceStub(self._channel)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._outbox.put_nowait(None)
+        await self._channel.close(grace=1.0)
+
+    async def join(self, introduction: Introduction) -> pb.Welcome:
+        """Answer the challenge and be let in. Raises InviteError, RefusedError or ConnectionFailedError."""
+        self._call = self._stub.Session(self._outgoing())
+        self._messages = self._call.__aiter__()
+        challenge = await self._receive(ANSWER_TIMEOUT_S)
+        request = JoinRequest(
+            run_id=self._invite.run_id,
+            peer=self._identity.peer_id,
+            nonce=challenge.challenge.nonce,
+            invite=self._invite_text,
+            protocol_version=PROTOCOL_VERSION,
+            software=introduction.software,
+            name=introduction.name,
+            device=introduction.device,
+            addresses=introduction.addresses,
+            lease_id=introduction.lease_id,
+        )
+        self.send(join_request=pack(sign(request, self._identity)))
+        answer = await self._receive(ANSWER_TIMEOUT_S)
+        if answer.WhichOneof("message") != "welcome":
+            raise VerificationError("the coordinator answered a join request with something else")
+        self.welcome = answer.welcome
+        self.genesis = self.open(unpack(self.welcome.genesis), Genesis)
+        self._metadata = (("session-token", self.welcome.session_token),)
+        return self.welcome
+
+    def open(self, signed: Signed, model: type[D]) -> D:
+        """A document that the coordinator signed for this run. Raises VerificationError."""
+        return open_signed(signed, model, signer=self._coordinator_key, run_id=self._invite.run_id)
+
+    def send(self, **message: object) -> None:
+        """Queue one message (one field of PeerMessage)."""
+        self._outbox.put_nowait(pb.PeerMessage(**message))  # type: ignore[arg-type] # one field of the oneof
+
+    async def messages(self) -> AsyncIterator[pb.CoordinatorMessage]:
+        """What the coordinator says, until the link ends (ConnectionFailedError) or it refuses this peer."""
+        while True:
+            yield await self._receive(None)
+
+    async def _receive(self, timeout_s: float | None) -> pb.CoordinatorMessage:
+        try:
+            message = await asyncio.wait_for(anext(self._messages), timeout_s)
+        except TimeoutError as error:
+            raise ConnectionFailedError(f"{self._invite.address} does not answer") from error
+        except StopAsyncIteration as error:
+            raise ConnectionFailedError("the coordinator ended the session") from error
+        except grpc.aio.AioRpcError as error:
+            raise ConnectionFailedError(f"the connection to {self._invite.address} broke: {error.details()}") from error
+        if message.WhichOneof("message") == "refused":
+            refused = message.refused
+            if refused.code.startswith("invite"):
+                raise InviteError(refused.reason)
+            if refused.code == "silent":
+                raise ConnectionFailedError(f"the coordinator ended the session: {refused.reason}")
+            raise RefusedError(f"the coordinator refused this worker: {refused.reason}")
+        return message
+
+    async def drain(self, timeout_s: float = 5.0) -> None:
+        """Send what is queued, end the session and wait until the coordinator has taken it."""
+        self._outbox.put_nowait(None)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._call.code(), timeout_s)
+
+    async def _outgoing(self) -> AsyncIterator[pb.PeerMessage]:
+        while (message := await self._outbox.get()) is not None:
+            yield message
+
+    # ---- blobs and ledger
+
+    @property
+    def name(self) -> str:
+        return "the coordinator"
+
+    async def fetch(self, blob_hash: str, size_bytes: int, sink: BlobSink) -> None:
+        """As an exchange Source: stream one blob from the coordinator into `sink`, from its offset on."""
+        async for chunk in self._stream_blobs(pb.FetchBlobsRequest(hashes=[blob_hash], offset=sink.offset)):
+            sink.write(chunk.data)
+
+    async def fetch_small_blobs(self, hashes: Sequence[str], store: BlobStore, max_bytes: int) -> None:
+        """Fetch the blobs that `store` lacks, each of at most `max_bytes`, into the store."""
+        missing = [hash_ for hash_ in dict.fromkeys(hashes) if not store.has(hash_)]
+        for start in range(0, len(missing), MAX_HASHES):
+            wanted = missing[start : start + MAX_HASHES]
+            parts: dict[str, list[bytes]] = {}
+            sizes = 0
+            async for chunk in self._stream_blobs(pb.FetchBlobsRequest(hashes=wanted)):
+                if chunk.hash:
+                    current, sizes = chunk.hash, 0
+                    parts[current] = []
+                sizes += len(chunk.data)
+                if sizes > max_bytes:
+                    raise VerificationError(f"the coordinator sent more than {max_bytes} bytes for {current}")
+                parts[current].append(chunk.data)
+            for hash_ in wanted:
+                if store.put(b"".join(parts.get(hash_, []))) != hash_:
+                    raise VerificationError(f"the coordinator sent something else for {hash_}")
+
+    async def push_blob(self, hash_: str, store: BlobStore) -> None:
+        """Push a blob of `store` to the coordinator. Raises RefusedError with its reason."""
+        try:
+            reply = await self._stub.PushBlob(self._chunks(hash_, store), metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise ConnectionFailedError(f"sending to {self._invite.address} broke off: {error.details()}") from error
+        if not reply.stored:
+            raise RefusedError(f"the coordinator did not take blob {hash_[:12]}: {reply.reason}")
+
+    async def _chunks(self, hash_: str, store: BlobStore) -> AsyncIterator[pb.BlobChunk]:
+        size, offset = store.size(hash_), 0
+        while offset < size or offset == 0:
+            data = await asyncio.to_thread(store.read_piece, hash_, offset, CHUNK_BYTES)
+            first = offset == 0
+            yield pb.BlobChunk(hash=hash_ if first else "", size=size if first else 0, data=data)
+            offset += len(data)
+            if not data:
+                return
+
+    async def manifests_from(self, round_: int) -> AsyncIterator[Manifest]:
+        """The manifests of this round and later, in order, verified."""
+        request = pb.GetLedgerRequest(manifests_only=True, from_round=round_)
+        try:
+            async for message in self._stub.GetLedger(request, metadata=self._metadata):
+                yield self.open(unpack(message), Manifest)
+        except grpc.aio.AioRpcError as error:
+            raise ConnectionFailedError(f"the ledger broke off: {error.details()}") from error
+
+    async def _stream_blobs(self, request: pb.FetchBlobsRequest) -> AsyncIterator[pb.BlobChunk]:
+        stream = self._stub.FetchBlobs(request, metadata=self._metadata).__aiter__()
+        try:
+            while True:
+                yield await asyncio.wait_for(anext(stream), CHUNK_TIMEOUT_S)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise ConnectionFailedError("the coordinator stopped sending") from error
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                raise MissingBlobError(f"the coordinator does not have it: {error.details()}") from error
+            raise ConnectionFailedError(f"the connection broke: {error.details()}") from error

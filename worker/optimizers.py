@@ -1,0 +1,171 @@
+"""Inner optimizers: what turns gradients into inner steps. One registry, `OPTIMIZERS`.
+
+- `adamw`: AdamW (Loshchilov and Hutter, 2019); no weight decay on parameters with fewer than two dimensions.
+- `muon`: Muon (Jordan et al., 2024) on hidden matrices, AdamW on embeddings, the output head and everything else, as
+  in MuLoCo. Its update is scaled to AdamW's RMS, so that both share one learning rate.
+
+Its state belongs to one worker, stays across rounds and restarts, and is never sent. It is saved as safetensors and
+checked name by name when it is read.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from protocol.errors import ConfigError, VerificationError
+from protocol.run_spec import RunSpec, TrainSpec
+from worker.disk import write_tensors
+
+_STATE_KEYS: dict[type[torch.optim.Optimizer], frozenset[str]] = {
+    torch.optim.AdamW: frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    torch.optim.Muon: frozenset({"momentum_buffer"}),
+}
+_SEPARATOR = "|"  # between a parameter's name and a state's key; a name has none
+
+
+class InnerOptimizer:
+    """One or more torch optimizers that step together at one learning rate; between them all parameters of `model`."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
+        self._parts = tuple(parts)
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+
+    def step(self, learning_rate: float) -> None:
+        """One update of all parameters that have a gradient."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
+
+    def save(self, path: Path) -> None:
+        """Write the state to a safetensors file in one step. Raises DiskFullError."""
+        tensors = {
+            f"{self._names[parameter]}{_SEPARATOR}{key}": value.detach().cpu().contiguous()
+            for part in self._parts
+            for parameter, state in part.state.items()
+            for key, value in state.items()
+        }
+        write_tensors(path, tensors, {"format": "pt", "content": "inner optimizer"})
+
+    def load(self, path: Path) -> None:
+        """Take the state from a file that `save` wrote. On an error nothing has changed.
+
+        Raises VerificationError when the file is damaged or belongs to another model or optimizer, FileNotFoundError.
+        """
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise VerificationError(f"{path} is not a safetensors file ({error}); delete it to start anew") from error
+        states = self._sort_states(tensors, path)
+        for part in self._parts:
+            packed = part.state_dict()
+            order = [parameter for group in part.param_groups for parameter in group["params"]]
+            packed["state"] = {place: states[parameter] for place, parameter in enumerate(order) if parameter in states}
+            part.load_state_dict(packed)
+
+    def _sort_states(self, tensors: Mapping[str, Tensor], path: Path) -> dict[Tensor, dict[str, Tensor]]:
+        parameters = {name: parameter for parameter, name in self._names.items()}
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        for full_name, value in tensors.items():
+            name, _, key = full_name.partition(_SEPARATOR)
+            parameter = parameters.get(name)
+            if parameter is None or value.shape != (() if key == "step" else parameter.shape):
+                raise VerificationError(f"{path} is of another model ({full_name}); delete it to start anew")
+            states.setdefault(parameter, {})[key] = value
+        for part in self._parts:
+            expected = _STATE_KEYS[type(part)]
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    if parameter in states and set(states[parameter]) != expected:
+                        raise VerificationError(f"{path} is of another optimizer; delete it to start anew")
+        return states
+
+
+def _build_adamw(model: nn.Module, train: TrainSpec) -> InnerOptimizer:
+    return InnerOptimizer([_adamw(list(model.parameters()), train)], model)
+
+
+def _build_muon(model: nn.Module, train: TrainSpec) -> InnerOptimizer:
+    hidden = _hidden_matrices(model)
+    chosen = set(hidden)
+    others = [parameter for parameter in model.parameters() if parameter not in chosen]
+    parts: list[torch.optim.Optimizer] = []
+    if hidden:
+        parts.append(
+            torch.optim.Muon(
+                hidden,
+                lr=train.learning_rate,
+                weight_decay=train.weight_decay,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    if others:
+        parts.append(_adamw(others, train))
+    return InnerOptimizer(parts, model)
+
+
+def _adamw(parameters: list[nn.Parameter], train: TrainSpec) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    # fused needs less than half the time of the other forms on the CPU too
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=train.learning_rate, betas=train.betas, fused=True
+    )
+
+
+def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The 2-D weights of the linear layers between the embeddings and the output head, each once."""
+    find_head: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
+    ends = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = find_head() if find_head is not None else None
+    if head is not None:
+        ends.add(head.weight)
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and name.endswith("weight") and parameter not in ends
+    ]
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, TrainSpec], InnerOptimizer]] = {
+    "adamw": _build_adamw,
+    "muon": _build_muon,
+}
+
+
+def build_optimizer(model: nn.Module, train: TrainSpec) -> InnerOptimizer:
+    """The inner optimizer that the spec names, without state. Raises ConfigError when it is not known."""
+    build = OPTIMIZERS.get(train.optimizer)
+    if build is None:
+        raise ConfigError(f"train.optimizer: `{train.optimizer}` is not one of {', '.join(OPTIMIZERS)}")
+    return build(model, train)
+
+
+def learning_rate_at(tokens: float, spec: RunSpec) -> float:
+    """The rate when the whole run has trained on so many tokens.
+
+    A linear rise over `warmup_fraction` of the run's tokens, then a cosine down to `final_learning_rate_fraction` of
+    `learning_rate` at its end; it stays there.
+    """
+    train = spec.train
+    warmup_tokens = train.warmup_fraction * train.tokens
+    if tokens < warmup_tokens:
+        return train.learning_rate * tokens / warmup_tokens
+    decay_tokens = train.tokens - warmup_tokens
+    progress = min(1.0, (tokens - warmup_tokens) / decay_tokens) if decay_tokens > 0 else 1.0
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    final = train.final_learning_rate_fraction
+    return train.learning_rate * (final + (1.0 - final) * cosine)

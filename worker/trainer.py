@@ -1,0 +1,341 @@
+"""Trainer: the inner steps of a lease, evaluation, and how fast this machine is.
+
+Invariants: the model is scratch, the state that peers agree on is θ, handed in with every lease; the inner optimizer's
+state stays from lease to lease. Given the same θ, optimizer state, shards and number of threads on the same machine, a
+lease gives the same pseudo-gradient bit for bit; the random numbers of dropout follow from the shards. Only whole
+shards count as done, but the steps made in a shard that was cut short do shape the pseudo-gradient.
+
+It runs in one plain thread (calls must not overlap), touches no asyncio, and does not decide when to compute.
+
+Shape letters: B sequences in an inner step, R sequences in a shard, T tokens a sequence, D parameters.
+"""
+
+import math
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from protocol import parameters
+from protocol.errors import DeviceMemoryError, DivergedError, VerificationError
+from protocol.run_spec import RunSpec
+from worker.device import autocast, measure_autocast, seeded, synchronize
+from worker.optimizers import InnerOptimizer, build_optimizer, learning_rate_at
+from worker.tasks import TASKS, Task
+
+_MAX_BAD_STEPS = 3  # in a row
+_SLEEP_S = 0.1  # a throttled worker looks this often whether it should stop
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, MPS; the CPU's allocators
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One inner step, just made. loss in nats a token; both it and the norm may be NaN when the step was skipped."""
+
+    inner_step: int  # from 1
+    num_inner_steps: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseResult:
+    """What a lease came to. Losses are in nats a token, NaN when no step was made."""
+
+    shards_done: int
+    inner_steps: int  # made, those in an unfinished shard included
+    tokens: int  # of whole shards
+    mean_loss: float
+    last_loss: float
+    compute_s: float
+    steps_per_s: float  # by the wall clock: throttled when the worker is
+    pseudo_gradient: NDArray[np.float32]  # (D,)
+
+
+class Trainer:
+    """A model, its inner optimizer, and the device they live on.
+
+    micro_batch: sequences computed at once, at most; it is halved whenever memory runs out. model_config: what the
+    task's `config_json` gave on another machine, used in place of `spec.model`, whose initial weights are only there.
+    Raises ConfigError or VerificationError when there is no such model.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        vocabulary_size: int,
+        device: torch.device,
+        *,
+        micro_batch: int | None = None,
+        model_config: bytes | None = None,
+        task: Task = TASKS["causal_lm"],
+    ) -> None:
+        self.spec = spec
+        self.task = task
+        self.device = device
+        self.vocabulary_size = vocabulary_size
+        self.micro_batch = min(micro_batch or spec.train.batch_sequences, spec.train.batch_sequences)
+        self.autocast_dtype: torch.dtype | None = None
+        if model_config is None:
+            model = task.build_model(spec, vocabulary_size, spec.seed)
+        else:
+            model = task.build_from_config(model_config, spec.seed)
+        self.model = model.to(device)
+        self.optimizer = build_optimizer(self.model, spec.train)
+
+    @property
+    def num_parameters(self) -> int:
+        """D."""
+        return parameters.count_parameters(self.model)
+
+    def tune(self) -> None:
+        """Turn bfloat16 autocast on if it is faster here, off if not. Takes about a second."""
+        self.model.train()
+        batch = self._random_rows(self.micro_batch)
+        self.autocast_dtype = measure_autocast(self.task.loss, self.model, batch, self.device)
+
+    def run_lease(
+        self,
+        theta: NDArray[np.float32],
+        shards: Sequence[NDArray[np.int64]],
+        *,
+        tokens_before: int,
+        round_tokens: int,
+        lease_tokens: int,
+        should_stop: Callable[[], bool],
+        on_step: Callable[[StepReport], None],
+        throttle: float = 1.0,
+    ) -> LeaseResult:
+        """Train from θ, float32 (D,), on the lease's shards, each int64 (R, T + 1) with R = shard_steps · B.
+
+        tokens_before, round_tokens: where the run stands and what all peers train in this round; the learning rate
+        moves through it as this lease moves through its `lease_tokens`. should_stop is asked before every step and
+        while sleeping. throttle: the share of the time, in (0, 1], to compute; the rest is slept.
+
+        Raises VerificationError when θ or a shard does not fit the run, DivergedError after three steps in a row, or
+        a whole lease, without a finite loss and gradient, DeviceMemoryError when one sequence is too much.
+        """
+        if not 0.0 < throttle <= 1.0:
+            raise ValueError(f"throttle is a share of the time above 0 and at most 1, not {throttle}")
+        batches = self._cut(shards)
+        parameters.assign(self.model, theta)
+        self.model.train()
+
+        def learning_rate(steps_done: int) -> float:
+            share = min(1.0, (steps_done + 0.5) * self.spec.step_tokens / max(lease_tokens, 1))
+            return learning_rate_at(tokens_before + round_tokens * share, self.spec)
+
+        started_s = time.perf_counter()
+        with seeded(self.device, _hash(shards)):
+            progress = self._train(batches, learning_rate, should_stop, on_step, 1.0 / throttle - 1.0)
+        return self._conclude(theta, progress, time.perf_counter() - started_s)
+
+    def evaluate(self, theta: NDArray[np.float32] | None, rows: NDArray[np.int64], batch: int) -> float:
+        """The mean loss in nats a token of int64 rows (N, T + 1), `batch` at a time, without dropout, in float32.
+
+        θ None: of the model as it is; else θ is put into the model and stays there. Raises VerificationError when θ
+        does not fit, ValueError without rows.
+        """
+        if len(rows) == 0 or batch < 1:
+            raise ValueError("evaluation needs at least one row and a batch of at least one")
+        if theta is not None:
+            parameters.assign(self.model, theta)
+        was_training = self.model.training
+        self.model.eval()
+        total = 0.0
+        try:
+            with torch.no_grad():
+                for start in range(0, len(rows), batch):
+                    part = self._to_device(rows[start : start + batch])
+                    total += self.task.loss(self.model, part).item() * len(part)
+        finally:
+            self.model.train(was_training)
+        return total / len(rows)
+
+    def benchmark(self, seconds: float) -> float:
+        """Inner steps a second on random tokens: the median step of about so many seconds, after a warm-up step.
+
+        Parameters and optimizer state are left as they were: the steps are made by a passing optimizer of the same
+        kind at learning rate 0. Raises DeviceMemoryError.
+        """
+        scratch = build_optimizer(self.model, self.spec.train)
+        rows = self._random_rows(self.spec.train.batch_sequences)
+        self.model.train()
+        durations_s: list[float] = []
+        with seeded(self.device, 0):
+            self._make_step(rows, scratch, 0.0)
+            deadline_s = time.perf_counter() + seconds
+            while len(durations_s) < 2 or time.perf_counter() < deadline_s:
+                durations_s.append(self._make_step(rows, scratch, 0.0).compute_s)
+        return 1.0 / statistics.median(durations_s)
+
+    def save_optimizer(self, path: Path) -> None:
+        """Write the inner optimizer's state, a safetensors file, in one step. Raises DiskFullError."""
+        self.optimizer.save(path)
+
+    def load_optimizer(self, path: Path) -> None:
+        """Take up the state that `save_optimizer` wrote, or change nothing.
+
+        Raises VerificationError when it does not fit this model and optimizer, FileNotFoundError.
+        """
+        self.optimizer.load(path)
+
+    def _train(
+        self,
+        batches: Sequence[Tensor],
+        learning_rate: Callable[[int], float],
+        should_stop: Callable[[], bool],
+        on_step: Callable[[StepReport], None],
+        sleep_per_compute: float,
+    ) -> "_Progress":
+        progress = _Progress()
+        for batch in batches:
+            if should_stop():
+                break
+            rate = learning_rate(progress.steps)
+            step = self._make_step(batch, self.optimizer, rate)
+            progress.add(step)
+            on_step(
+                StepReport(
+                    inner_step=progress.steps,
+                    num_inner_steps=len(batches),
+                    loss=step.loss,
+                    gradient_norm=step.gradient_norm,
+                    learning_rate=rate,
+                    skipped=step.skipped,
+                )
+            )
+            _sleep(step.compute_s * sleep_per_compute, should_stop)
+        return progress
+
+    def _make_step(self, rows: Tensor, optimizer: InnerOptimizer, learning_rate: float) -> "_Step":
+        """One inner step on rows (B, T + 1); without a finite loss and gradient the parameters stay as they are."""
+        started_s = time.perf_counter()
+        loss, norm = self._compute_gradient(rows, optimizer)
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if not skipped:
+            try:
+                optimizer.step(learning_rate)
+            except RuntimeError as error:
+                if _is_out_of_memory(error):
+                    raise DeviceMemoryError(f"{self.device} has no room for the optimizer's state") from error
+                raise
+        optimizer.zero_grad()
+        synchronize(self.device)
+        return _Step(loss=loss, gradient_norm=norm, skipped=skipped, compute_s=time.perf_counter() - started_s)
+
+    def _compute_gradient(self, rows: Tensor, optimizer: InnerOptimizer) -> tuple[float, float]:
+        while True:
+            optimizer.zero_grad()
+            try:
+                return self._accumulate(rows)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if self.micro_batch == 1:
+                    message = f"{self.device} has no room for one sequence of {rows.shape[1] - 1} tokens"
+                    raise DeviceMemoryError(message) from error
+            # outside the handler, which keeps the failed pass's tensors alive
+            self.micro_batch = max(1, self.micro_batch // 2)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _accumulate(self, rows: Tensor) -> tuple[float, float]:
+        total = torch.zeros((), device=self.device)
+        for part in torch.split(rows, self.micro_batch):
+            with autocast(self.device, self.autocast_dtype):
+                loss = self.task.loss(self.model, part) * (len(part) / len(rows))
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.train.gradient_clip)
+        return total.item(), norm.item()
+
+    def _conclude(self, theta: NDArray[np.float32], progress: "_Progress", wall_s: float) -> LeaseResult:
+        delta = parameters.pseudo_gradient(theta, self.model)
+        if (progress.steps and not progress.losses) or not np.isfinite(delta).all():
+            raise DivergedError("the lease gave no finite result; lower train.learning_rate")
+        shards_done = progress.steps // self.spec.data.shard_steps
+        return LeaseResult(
+            shards_done=shards_done,
+            inner_steps=progress.steps,
+            tokens=shards_done * self.spec.shard_tokens,
+            mean_loss=statistics.fmean(progress.losses) if progress.losses else math.nan,
+            last_loss=progress.losses[-1] if progress.losses else math.nan,
+            compute_s=progress.compute_s,
+            steps_per_s=progress.steps / wall_s if progress.steps else 0.0,
+            pseudo_gradient=delta,
+        )
+
+    def _cut(self, shards: Sequence[NDArray[np.int64]]) -> list[Tensor]:
+        """The shards' rows as one tensor (B, T + 1) an inner step."""
+        batch = self.spec.train.batch_sequences
+        expected = (self.spec.data.shard_steps * batch, self.spec.data.sequence_length + 1)
+        for shard in shards:
+            if shard.shape != expected:
+                raise VerificationError(f"a shard of shape {shard.shape}; this run's have {expected}")
+        return [part for shard in shards for part in torch.split(self._to_device(shard), batch)]
+
+    def _to_device(self, rows: NDArray[np.int64]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    def _random_rows(self, num_rows: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        shape = (num_rows, self.spec.data.sequence_length + 1)
+        return torch.randint(self.vocabulary_size, shape, generator=generator).to(self.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    loss: float
+    gradient_norm: float
+    skipped: bool
+    compute_s: float
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What the steps of a lease came to so far."""
+
+    steps: int = 0
+    compute_s: float = 0.0
+    losses: list[float] = field(default_factory=list)  # of the steps that were not skipped
+    bad_steps: int = 0  # in a row
+
+    def add(self, step: _Step) -> None:
+        self.steps += 1
+        self.compute_s += step.compute_s
+        if not step.skipped:
+            self.losses.append(step.loss)
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        if self.bad_steps == _MAX_BAD_STEPS:
+            raise DivergedError(
+                f"{self.bad_steps} steps in a row gave a loss of {step.loss}; lower train.learning_rate"
+            )
+
+
+def _hash(shards: Sequence[NDArray[np.int64]]) -> int:
+    checksum = 0
+    for shard in shards:
+        checksum = zlib.crc32(np.ascontiguousarray(shard).data, checksum)
+    return checksum
+
+
+def _sleep(duration_s: float, should_stop: Callable[[], bool]) -> None:
+    deadline_s = time.perf_counter() + duration_s
+    while (left_s := deadline_s - time.perf_counter()) > 0 and not should_stop():
+        time.sleep(min(left_s, _SLEEP_S))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error).lower() for text in _OUT_OF_MEMORY)
