@@ -105,7 +105,7 @@ def generate(
     from worker.checkpoint import find_checkpoint
     from worker.generate import generate as write
 
-    typer.echo(prompt + write(find_checkpoint(source), prompt, max_new_tokens, temperature, seed))
+    typer.echo(write(find_checkpoint(source), prompt, max_new_tokens, temperature, seed))
 
 
 @app.command()

@@ -28,7 +28,7 @@ from coordinator.run_folder import RunFolder
 from coordinator.service import CoordinatorService
 from coordinator.sessions import Sessions
 from coordinator.storage.database import Database
-from protocol.documents import Genesis, Invite, OperatorCommand
+from protocol.documents import Evaluation, EvaluationReport, Genesis, Invite, OperatorCommand
 from protocol.errors import ConfigError
 from protocol.invite import encode_invite
 from protocol.signing import Signed
@@ -71,7 +71,7 @@ class Server:
         self.engine = Engine.recover(self.database, ledger, fresh)
         self.payloads = PayloadChecker(self.store, self.run.num_parameters, self.engine.submit)
         self.sessions = Sessions(self.engine, self.identity, self.run.run_id, self.payloads)
-        self.invites: dict[str, str] = {}
+        self._first_loss: float | None = None
 
     @property
     def state(self) -> State:
@@ -103,6 +103,7 @@ class Server:
         state = self.state
         rounds = self.database.read_rounds(last=20)
         held_out = next((row.held_out_loss for row in reversed(rounds) if row.held_out_loss is not None), None)
+        last_evaluated = rounds[-1].held_out_loss if rounds and self.engine.is_finished() else None
         sessions = {session.peer: session for session in self.sessions.connected()}
         return {
             "name": self.run.spec.name,
@@ -115,6 +116,8 @@ class Server:
             "num_parameters": self.run.num_parameters,
             "train_loss": rounds[-1].mean_loss if rounds else None,
             "held_out_loss": held_out,
+            "first_held_out_loss": self._first_held_out_loss(),
+            "final_held_out_loss": last_evaluated,
             "round_seconds": rounds[-1].seconds if rounds else None,
             "ledger_head": self.engine.ledger_head,
             "reference_digest": machine.reference_digest(state),
@@ -140,6 +143,14 @@ class Server:
             "address": self.address,
         }
 
+    def _first_held_out_loss(self) -> float | None:
+        if self._first_loss is None:
+            entry = next(self.database.read_ledger(kinds=("evaluation",)), None)
+            if entry is not None:
+                report = Signed.from_json(Evaluation.model_validate_json(entry.body).report)
+                self._first_loss = EvaluationReport.model_validate_json(report.body).held_out_loss
+        return self._first_loss
+
     def operate(self, command: OperatorCommand) -> dict[str, object]:
         """Carry out an operator's command; the answer is for the command line."""
         match command.verb:
@@ -163,13 +174,14 @@ class Server:
         Raises ConfigError when a port is taken, DiskFullError when a write fails.
         """
         grpc_server = await self._listen()
+        page_task = page(self) if page is not None else None
         await grpc_server.start()
         self.engine.submit(ev.CoordinatorRestarted())
         self._expect_payloads_again()
-        invite = self.issue_invite()
+        self.invite = self.issue_invite()
         tasks = [asyncio.create_task(self.engine.run(self.sessions), name="engine")]
-        if page is not None:
-            tasks.append(page(self))
+        if page_task is not None:
+            tasks.append(page_task)
         if self.validator_command is not None:
             command = self.validator_command(self.issue_invite("validator", uses=1))
             tasks.append(asyncio.create_task(self._keep_validator(command), name="validator"))
@@ -178,7 +190,7 @@ class Server:
             tasks.append(asyncio.create_task(self._wait_until_finished(), name="finish"))
         stopping = asyncio.create_task(self.stop.wait(), name="stop")
         try:
-            on_ready(invite)
+            on_ready(self.invite)
             done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
             for task in done - {stopping}:
                 task.result()  # raises what ended it

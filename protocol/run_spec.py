@@ -55,7 +55,7 @@ class TrainSpec(Section):
 
     tokens: Annotated[int, Field(ge=1)] = Field(4_000_000, description="the run ends when so many are credited")
     batch_sequences: Annotated[int, Field(ge=1, le=1 << 16)] = Field(8, description="sequences in one inner step")
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: Positive = 2e-3
     final_learning_rate_fraction: Fraction = 0.1
     warmup_fraction: Fraction = Field(0.02, description="share of the run's tokens over which the rate rises")

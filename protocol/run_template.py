@@ -30,6 +30,17 @@ def render_template() -> str:
     return "\n".join([*lines, *tables]) + "\n"
 
 
+def render_spec(spec: RunSpec) -> str:
+    """A run.toml that parses to `spec`; only what differs from the default is in it."""
+    lines, tables = [], []
+    for name, value in spec.model_dump(mode="json", exclude_defaults=True, exclude_none=True).items():
+        if isinstance(value, dict):
+            tables += ["", f"[{name}]", *(f"{key} = {_to_toml(item)}" for key, item in value.items())]
+        else:
+            lines.append(f"{name} = {_to_toml(value)}")
+    return "\n".join([*lines, *tables]) + "\n"
+
+
 def _render_section(name: str, section: type[BaseModel]) -> list[str]:
     heading = textwrap.wrap((section.__doc__ or "").strip(), 110)
     lines = [*(f"# {line}" for line in heading), f"[{name}]"]

@@ -67,6 +67,16 @@ def list_checkpoints(parent: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("round-")))
 
 
+def find_checkpoint(place: Path) -> Path:
+    """The newest checkpoint of a run folder, or the checkpoint or model folder that `place` is. Raises ConfigError."""
+    if (place / "config.json").is_file():
+        return place
+    found = list_checkpoints(place / "checkpoints")
+    if not found:
+        raise ConfigError(f"{place} holds no checkpoint; name a run folder that has one, or a model folder")
+    return found[-1]
+
+
 def prune_checkpoints(parent: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints, and what interrupted writes left. No write may be under way."""
     if keep < 1:

@@ -66,7 +66,8 @@ class WorkerStatus:
     credited_tokens: int = 0
     accepted: int = 0
     late_or_refused: int = 0
-    payload_bytes_sent: int = 0
+    bytes_sent: int = 0  # payloads: pushed to the coordinator and served to other workers
+    bytes_received: int = 0  # payloads from other workers
     steps_trained: int = 0
     digest: str = ""
 
@@ -96,6 +97,7 @@ class Worker:
         self._stop_work = False
         self._sending = False
         self._finished = False
+        self._bytes_pushed = 0
         self._reveal: asyncio.Future[bool] | None = None  # whether the header that was just sent is committed
         self._link: CoordinatorLink
         self._linked = asyncio.Event()
@@ -296,7 +298,7 @@ class Worker:
                 link.send(contribution=pack(signed))
                 if await self._reveal:
                     await link.push_blob(header.payload_hash, self.store)
-                    self.status.payload_bytes_sent += header.payload_bytes
+                    self._bytes_pushed += header.payload_bytes
                 return
             except ConnectionFailedError:
                 self._linked.clear()  # set again when the worker has joined again
@@ -350,6 +352,8 @@ class Worker:
 
     def _send_heartbeat(self, link: CoordinatorLink) -> None:
         status = self.status
+        status.bytes_sent = self._bytes_pushed + self._node.bytes_sent
+        status.bytes_received = self._node.bytes_received
         link.send(
             heartbeat=pb.Heartbeat(
                 activity=status.activity[:200],
@@ -357,8 +361,8 @@ class Worker:
                 tokens_per_s=status.tokens_per_s,
                 inner_step=status.inner_step,
                 loss=status.loss,
-                bytes_sent=status.payload_bytes_sent + self._node.bytes_sent,
-                bytes_received=self._node.bytes_received,
+                bytes_sent=status.bytes_sent,
+                bytes_received=status.bytes_received,
             )
         )
 

@@ -41,13 +41,16 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file in one step. Raises DiskFullError; what was at `path` then is still there."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file in one step; the same bytes for the same tensors.
+
+    Raises DiskFullError; what was at `path` then is still there.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with translate_disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(dict(tensors), temporary, dict(metadata))
+            save_file(dict(tensors), temporary)
             flush(temporary)
             os.replace(temporary, path)  # noqa: PTH105  # the name says that it overwrites
             flush(path.parent)

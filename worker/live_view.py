@@ -90,7 +90,7 @@ def _render(status: dict[str, Any]) -> Table:
         "loss": f"{status['loss']:.4f}",
         "speed": f"{status['steps_per_s']:.2f} steps/s, {status['tokens_per_s']:,.0f} tokens/s",
         "credit": f"{status['credited_tokens']:,} tokens in {status['accepted']} rounds",
-        "sent": f"{status['payload_bytes_sent'] / 1e6:.2f} MB",
+        "sent": f"{status['bytes_sent'] / 1e6:.2f} MB",
     }
     for label, value in rows.items():
         table.add_row(f"[dim]{label}[/dim]", str(value))

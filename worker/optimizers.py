@@ -55,7 +55,7 @@ class InnerOptimizer:
             for parameter, state in part.state.items()
             for key, value in state.items()
         }
-        write_tensors(path, tensors, {"format": "pt", "content": "inner optimizer"})
+        write_tensors(path, tensors)
 
     def load(self, path: Path) -> None:
         """Take the state from a file that `save` wrote. On an error nothing has changed.

@@ -4,12 +4,20 @@ import hashlib
 from math import ceil, gcd
 from statistics import median
 
-from coordinator.core.state import LeaseRecord, LeaseStatus, Peer, ShardPool, State, Unit
+from coordinator.core.state import LeaseRecord, LeaseStatus, Peer, Round, ShardPool, State, Unit
 
 # A lease is at most so many times the steps of a peer of median speed: one very fast peer must not own a round.
 MAX_LEASE_FACTOR = 64
 # A peer whose lease was too slow for a round is tried again when its estimate has risen by this each round.
 RETRY_GROWTH = 1.25
+# Shards in one lease, and shards that one peer carries: a receipt that names both must stay a readable document.
+MAX_UNITS = 4096
+# Leases are never sized for more compute time: a peer that claims to be slower (or claims nothing) cannot hold a round.
+MAX_EXPECTED_S = 3600.0
+# Above any machine's speed; keeps sums and products of claims finite.
+MAX_CLAIMED_STEPS_PER_S = 1e6
+# What a round waits for.
+UNSETTLED = (LeaseStatus.OPEN, LeaseStatus.COMMITTED)
 
 
 def take_units(pool: ShardPool, count: int) -> list[Unit]:
@@ -20,36 +28,44 @@ def take_units(pool: ShardPool, count: int) -> list[Unit]:
         if pool.cursor == pool.num_shards:
             pool.pass_index += 1
             pool.cursor = 0
-        units.append((pool.pass_index, _permuted(pool, pool.cursor)))
-        pool.cursor += 1
+        take = min(count - len(units), pool.num_shards - pool.cursor)
+        offset, stride = _walk(pool)
+        positions = range(pool.cursor, pool.cursor + take)
+        units += [(pool.pass_index, (offset + stride * position) % pool.num_shards) for position in positions]
+        pool.cursor += take
     return units
 
 
-def _permuted(pool: ShardPool, position: int) -> int:
-    """Shard at `position` of the pass: an affine walk, one for each seed and pass. Rows were shuffled when cut."""
+def _walk(pool: ShardPool) -> tuple[int, int]:
+    """Offset and stride of the pass: an affine walk over all shards, one for each seed and pass.
+
+    The rows inside the shards were shuffled when they were cut.
+    """
     n = pool.num_shards
     digest = hashlib.sha256(f"{pool.seed}:{pool.pass_index}".encode()).digest()
     stride = int.from_bytes(digest[:8], "big") % n or 1
     while gcd(stride, n) != 1:
         stride += 1
-    return (int.from_bytes(digest[8:16], "big") + stride * position) % n
+    return int.from_bytes(digest[8:16], "big") % n, stride
 
 
 def plan_leases(state: State, peers: list[str]) -> tuple[float, dict[str, int]]:
     """For peers that hold the state: the compute time to aim for in seconds, and how many shards each gets.
 
-    Time is what a peer of median speed needs for `round.inner_steps`; each peer gets the shards that it finishes in
-    that time at its observed speed. A peer too slow for one shard by the deadline gets none this time.
+    Time is what a peer of median speed needs for `round.inner_steps`; a speed that was only claimed has no say in it
+    where others were observed. Each peer gets the shards that it finishes in that time at its own speed. One that is
+    too slow for a shard by the deadline gets none this time; the peers of median speed and above always get some.
     """
     spec = state.spec
     shard_steps = spec.data.shard_steps
-    speeds = {peer: max(state.peers[peer].steps_per_s, 1e-9) for peer in peers}
-    expected_s = max(spec.round.inner_steps, shard_steps) / median(speeds.values())
-    most = ceil(spec.round.inner_steps * MAX_LEASE_FACTOR / shard_steps)
+    steps = max(spec.round.inner_steps, shard_steps)
+    speeds = {peer: max(state.peers[peer].steps_per_s, steps / MAX_EXPECTED_S) for peer in peers}
+    expected_s = steps / median([speeds[peer] for peer in peers if state.peers[peer].observed] or speeds.values())
+    most = min(ceil(spec.round.inner_steps * MAX_LEASE_FACTOR / shard_steps), MAX_UNITS)
     plan: dict[str, int] = {}
     for peer, speed in speeds.items():
         if shard_steps / speed > expected_s * spec.round.deadline_factor:
-            state.peers[peer].steps_per_s *= RETRY_GROWTH
+            state.peers[peer].steps_per_s = speed * RETRY_GROWTH
             continue
         plan[peer] = min(max(1, round(speed * expected_s / shard_steps)), most)
     return expected_s, _fit_remaining(plan, ceil((spec.train.tokens - state.tokens_credited) / spec.shard_tokens))
@@ -61,26 +77,39 @@ def _fit_remaining(plan: dict[str, int], remaining: int) -> dict[str, int]:
     if total <= remaining:
         return plan
     fitted: dict[str, int] = {}
+    left = remaining
     for peer, shards in sorted(plan.items(), key=lambda item: (-item[1], item[0])):
-        share = min(max(1, shards * remaining // total), remaining - sum(fitted.values()))
-        if share > 0:
-            fitted[peer] = share
+        share = min(max(1, shards * remaining // total), left)
+        if share == 0:
+            break
+        fitted[peer] = share
+        left -= share
     return fitted
 
 
-def close_lease(pool: ShardPool, lease: LeaseRecord, *, carry_to: Peer | None = None) -> None:
-    """End a lease without credit. Its units go back to the pool, or stay with the peer that trained on them."""
+def set_status(round_: Round, lease: LeaseRecord, status: LeaseStatus) -> None:
+    """Every change of a lease's status: the round counts those that it waits for."""
+    round_.unsettled += (status in UNSETTLED) - (lease.status in UNSETTLED)
+    lease.status = status
+
+
+def close_lease(pool: ShardPool, round_: Round, lease: LeaseRecord, *, carry_to: Peer | None = None) -> None:
+    """End a lease without credit. Its units go back to the pool, or stay with the peer that trained on them.
+
+    A peer carries the newest MAX_UNITS; older ones go back to the pool.
+    """
     if lease.status is LeaseStatus.CLOSED:
         return
-    lease.status = LeaseStatus.CLOSED
+    set_status(round_, lease, LeaseStatus.CLOSED)
     candidate, lease.candidate = lease.candidate, None
     carried = candidate.carried_units if candidate else []
     if carry_to is None:
         pool.returned.extend(lease.units)
         pool.returned.extend(carried)
     else:
-        release_carried(pool, carry_to)
-        carry_to.carried = [*carried, *lease.units]
+        kept = [*carry_to.carried, *carried, *lease.units]
+        pool.returned.extend(kept[:-MAX_UNITS])
+        carry_to.carried = kept[-MAX_UNITS:]
 
 
 def release_carried(pool: ShardPool, peer: Peer) -> None:

@@ -6,22 +6,13 @@
 same times give the same state and the same effects.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from coordinator.core import events as ev
-from coordinator.core import leases, rounds
-from coordinator.core.effects import AnnouncePhase, CheckPayload, Effect, RecordEvaluation, RefusePeer, RequestResync
-from coordinator.core.state import (
-    InviteRecord,
-    LeaseStatus,
-    Peer,
-    PeerStatus,
-    Phase,
-    ShardPool,
-    State,
-)
+from coordinator.core import leases, peers, rounds
+from coordinator.core.effects import AnnouncePhase, CheckPayload, Effect, RecordEvaluation
+from coordinator.core.state import LeaseStatus, PeerStatus, Phase, ShardPool, State
 from protocol.run_spec import RunSpec
 
 
@@ -37,9 +28,7 @@ def next_deadline(state: State) -> float | None:
     """When TimerFired should come at the latest, or None when only other events matter."""
     if state.round is not None:
         return state.round.deadline_s
-    if state.phase is Phase.MERGE:
-        return state.merge_deadline_s
-    return None
+    return None if state.phase in (Phase.PAUSED, Phase.FINISHED) else state.wait_until_s
 
 
 def handle(state: State, event: ev.Event, now_s: float) -> list[Effect]:
@@ -55,30 +44,25 @@ def handle(state: State, event: ev.Event, now_s: float) -> list[Effect]:
 
 def describe_phase(state: State) -> str:
     """Why the run stands where it stands, in words."""
-    live = [p for p in state.peers.values() if p.status is not PeerStatus.GONE and p.role == "worker"]
-    ready = sum(p.status is PeerStatus.READY for p in live)
+    num_workers = sum(p.status is not PeerStatus.GONE and p.role == "worker" for p in state.peers.values())
     match state.phase:
         case Phase.WAITING_FOR_PEERS:
-            return f"{len(live)} of {state.spec.round.min_peers} workers have joined"
+            return f"{num_workers} of {state.spec.round.min_peers} workers have joined"
         case Phase.WARMUP:
-            return f"{ready} of {state.spec.round.min_peers} workers hold the state"
+            return f"{_count_holders(state)} of {state.spec.round.min_peers} workers hold the state"
         case Phase.TRAIN:
             return f"round {state.rounds_merged}: {len(state.round.leases) if state.round else 0} workers have leases"
         case Phase.MERGE:
-            return f"{ready} of {len(live)} workers have merged round {state.rounds_merged - 1}"
+            return f"{_count_holders(state)} of {num_workers} workers have merged round {state.rounds_merged - 1}"
         case Phase.PAUSED:
             return "paused by the operator"
         case Phase.FINISHED:
             return f"{state.tokens_credited} tokens in {state.rounds_merged} rounds"
 
 
-def reference_digest(state: State) -> str | None:
-    """The digest that counts as the run's: the validator's when it has reported, else that of most peers."""
-    for peer_id, digest in sorted(state.reports.items()):
-        if state.peers[peer_id].role == "validator":
-            return digest
-    tally = Counter(digest for _, digest in sorted(state.reports.items()))
-    return min(tally, key=lambda digest: (-tally[digest], digest)) if tally else None
+def _count_holders(state: State) -> int:
+    """Workers that hold some state after `rounds_merged` rounds."""
+    return sum(state.peers[peer_id].role == "worker" for peer_id in state.reports)
 
 
 def pending_checks(state: State) -> list[CheckPayload]:
@@ -101,144 +85,54 @@ def _advance(state: State, now_s: float) -> list[Effect]:
     if state.paused:
         state.phase = Phase.PAUSED
         return []
-    if state.phase is Phase.MERGE and not _merge_is_over(state, now_s):
+    wait_is_over = _end_wait(state, now_s)
+    if state.phase is Phase.MERGE and not wait_is_over:
         return []
-    workers = [p for p in state.peers.values() if p.role == "worker" and p.status is not PeerStatus.GONE]
-    ready = sum(p.status is PeerStatus.READY for p in workers)
-    if ready >= state.spec.round.min_peers:
-        return _open(state, now_s)
-    joined = len(workers) >= state.spec.round.min_peers
-    state.phase = Phase.WARMUP if joined else Phase.WAITING_FOR_PEERS
-    return []
+    effects: list[Effect] = []
+    if wait_is_over and _count_holders(state) >= state.spec.round.min_peers:
+        digest = peers.reference_digest(state) or state.checkpoint_digest
+        effects += peers.resync_others(state, digest)
+        if _count_holders(state) >= state.spec.round.min_peers:
+            return effects + rounds.open_round(state, digest, now_s)
+    num_workers = sum(p.role == "worker" and p.status is not PeerStatus.GONE for p in state.peers.values())
+    enough = num_workers >= state.spec.round.min_peers
+    state.phase = Phase.WARMUP if enough else Phase.WAITING_FOR_PEERS
+    return effects
 
 
-def _merge_is_over(state: State, now_s: float) -> bool:
-    """Every worker that held the last state holds the new one, or has been waited for long enough."""
-    behind = (
-        peer
-        for peer in state.peers.values()
-        if peer.status is PeerStatus.READY and peer.role == "worker" and peer.state_round < state.rounds_merged
-    )
-    first = next(behind, None)
-    if first is None:
+def _end_wait(state: State, now_s: float) -> bool:
+    """Whether the next round may open: everybody who held the last state holds the new one, or time is up."""
+    if state.wait_until_s is None:
         return True
-    if state.merge_deadline_s is not None and now_s < state.merge_deadline_s:
+    if now_s < state.wait_until_s and (state.phase is not Phase.MERGE or state.awaited or _is_undecided(state)):
         return False
-    for peer in (first, *behind):
-        peer.status = PeerStatus.SYNCING
+    for peer_id in state.awaited:
+        state.peers[peer_id].status = PeerStatus.SYNCING
+    state.awaited = {}
+    state.wait_until_s = None
     return True
 
 
-def _open(state: State, now_s: float) -> list[Effect]:
-    digest = reference_digest(state)
-    if digest is None:
-        return []
-    effects: list[Effect] = [
-        effect for peer_id in sorted(state.reports) for effect in _resync_if_apart(state, peer_id, digest)
-    ]
-    opened = rounds.open_round(state, digest, now_s)
-    if not opened:
-        state.phase = Phase.WARMUP
-    return effects + opened
+def _is_undecided(state: State) -> bool:
+    """The workers disagree, and the validator has not said which state is the right one."""
+    if len(set(state.reports.values())) < 2:
+        return False
+    return any(
+        peer.role == "validator" and peer.status is not PeerStatus.GONE and peer_id not in state.reports
+        for peer_id, peer in state.peers.items()
+    )
 
 
-def _resync_if_apart(state: State, peer_id: str, digest: str) -> list[Effect]:
-    if state.reports.get(peer_id, digest) == digest:
-        return []
-    mine = state.reports.pop(peer_id)
-    state.peers[peer_id].status = PeerStatus.SYNCING
-    reason = f"digest {mine[:12]} after round {state.rounds_merged - 1}; the run's is {digest[:12]}"
-    return [RequestResync(peer=peer_id, reason=reason)]
-
-
-# ---- one function an event
-
-
-def _issue_invite(state: State, event: ev.InviteIssued, _: float) -> list[Effect]:
-    state.invites[event.token_id] = InviteRecord(uses_left=event.uses)
-    return []
-
-
-def _revoke_invite(state: State, event: ev.InviteRevoked, _: float) -> list[Effect]:
-    if event.token_id in state.invites:
-        state.invites[event.token_id].revoked = True
-    return []
-
-
-def _join(state: State, event: ev.PeerJoined, now_s: float) -> list[Effect]:
-    invite = state.invites.get(event.token_id)
-    known = state.peers.get(event.peer)
-    if invite is None or invite.revoked:
-        return [_refuse(event.peer, "invite_revoked", "this invite was revoked; ask for a new one")]
-    if known is None or known.token_id != event.token_id:
-        if invite.uses_left < 1:
-            return [_refuse(event.peer, "invite_used_up", "this invite is used up; ask for a new one")]
-        invite.uses_left -= 1
-    if known is None:
-        known = state.peers[event.peer] = Peer(
-            name=event.name, device=event.device, role=event.role, token_id=event.token_id
-        )
-    known.name, known.device, known.token_id, known.role = event.name, event.device, event.token_id, event.role
-    known.status = PeerStatus.SYNCING
-    known.state_round = -1
-    state.reports.pop(event.peer, None)
-    return _restore_lease(state, event, now_s)
-
-
-def _refuse(peer: str, code: str, reason: str) -> Effect:
-    return RefusePeer(peer=peer, code=code, reason=reason)
-
-
-def _restore_lease(state: State, event: ev.PeerJoined, now_s: float) -> list[Effect]:
-    """A peer that comes back in its round goes on with its lease; a lease that it does not know of goes back."""
-    lease = state.round.leases.get(event.peer) if state.round else None
-    if lease is None or state.round is None:
-        return []
-    if event.lease_id != lease.lease_id:
-        if lease.status is LeaseStatus.OPEN:
-            leases.close_lease(state.pool, lease)
-    elif lease.status is LeaseStatus.CLOSED and set(lease.units) <= set(state.pool.returned):
-        taken = set(lease.units)
-        state.pool.returned = [unit for unit in state.pool.returned if unit not in taken]
-        lease.status = LeaseStatus.OPEN
-    return []
-
-
-def _leave(state: State, event: ev.PeerLeft, _: float) -> list[Effect]:
-    peer = state.peers.get(event.peer)
-    if peer is None:
-        return []
-    peer.status = PeerStatus.GONE
-    state.reports.pop(event.peer, None)
-    leases.release_carried(state.pool, peer)
-    lease = state.round.leases.get(event.peer) if state.round else None
-    if lease is not None and lease.status is LeaseStatus.OPEN:
-        leases.close_lease(state.pool, lease)
-    return []
-
-
-def _report_state(state: State, event: ev.StateReported, _: float) -> list[Effect]:
-    peer = state.peers.get(event.peer)
-    if peer is None or peer.status is PeerStatus.GONE:
-        return []
-    peer.state_round, peer.state_digest = event.round, event.digest
-    if not peer.observed:
-        peer.steps_per_s = max(event.claimed_steps_per_s, 0.0)
-    if event.round != state.rounds_merged:
-        return []
-    if state.round is not None and event.digest != state.round.base_digest:
-        peer.status = PeerStatus.SYNCING
-        reason = f"digest {event.digest[:12]}; the run's is {state.round.base_digest[:12]}"
-        return [RequestResync(peer=event.peer, reason=reason)]
-    peer.status = PeerStatus.READY
-    state.reports[event.peer] = event.digest
-    return []
+# ---- one function an event; those about peers are in peers.py
 
 
 def _return_lease(state: State, event: ev.LeaseReturned, _: float) -> list[Effect]:
-    lease = state.round.leases.get(event.peer) if state.round else None
-    if lease is not None and lease.lease_id == event.lease_id and lease.status is LeaseStatus.OPEN:
-        leases.close_lease(state.pool, lease)
+    round_ = state.round
+    lease = round_.leases.get(event.peer) if round_ else None
+    if round_ is None or lease is None or lease.lease_id != event.lease_id:
+        return []
+    if lease.status is LeaseStatus.OPEN:
+        leases.close_lease(state.pool, round_, lease)
     return []
 
 
@@ -254,7 +148,7 @@ def _evaluate(state: State, event: ev.EvaluationReported, _: float) -> list[Effe
     peer = state.peers.get(event.peer)
     if peer is None or peer.role != "validator":
         return []
-    if event.checkpoint and event.round >= state.checkpoint_round:
+    if event.checkpoint and state.checkpoint_round <= event.round <= state.rounds_merged:
         state.checkpoint_round, state.checkpoint_digest = event.round, event.digest
     return [RecordEvaluation(report_hash=event.report_hash)]
 
@@ -262,14 +156,7 @@ def _evaluate(state: State, event: ev.EvaluationReported, _: float) -> list[Effe
 def _pause(state: State, event: ev.PauseRequested, _: float) -> list[Effect]:
     state.paused = event.paused
     if not event.paused and state.phase is Phase.PAUSED:
-        state.phase = Phase.WAITING_FOR_PEERS
-    return []
-
-
-def _restart(state: State, _: ev.CoordinatorRestarted, __: float) -> list[Effect]:
-    for peer in state.peers.values():
-        peer.status = PeerStatus.GONE
-    state.reports = {}
+        state.phase = Phase.MERGE if state.awaited else Phase.WAITING_FOR_PEERS
     return []
 
 
@@ -278,16 +165,16 @@ def _wake(_: State, __: ev.TimerFired, ___: float) -> list[Effect]:
 
 
 _HANDLERS: dict[type, Callable[[State, Any, float], list[Effect]]] = {
-    ev.InviteIssued: _issue_invite,
-    ev.InviteRevoked: _revoke_invite,
-    ev.PeerJoined: _join,
-    ev.PeerLeft: _leave,
-    ev.StateReported: _report_state,
+    ev.InviteIssued: peers.issue_invite,
+    ev.InviteRevoked: peers.revoke_invite,
+    ev.PeerJoined: peers.join,
+    ev.PeerLeft: peers.leave,
+    ev.StateReported: peers.report_state,
     ev.LeaseReturned: _return_lease,
     ev.ContributionCommitted: _commit,
     ev.PayloadChecked: _check,
     ev.EvaluationReported: _evaluate,
     ev.TimerFired: _wake,
     ev.PauseRequested: _pause,
-    ev.CoordinatorRestarted: _restart,
+    ev.CoordinatorRestarted: peers.restart,
 }

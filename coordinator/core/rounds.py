@@ -1,5 +1,7 @@
 """One round: opened with frozen membership and deadline, filled with contributions, closed by a manifest or void."""
 
+from itertools import islice
+
 from coordinator.core import leases
 from coordinator.core.effects import (
     CheckPayload,
@@ -14,24 +16,16 @@ from coordinator.core.events import ContributionCommitted, PayloadChecked
 from coordinator.core.state import Candidate, LeaseRecord, LeaseStatus, PeerStatus, Phase, Round, State
 from protocol.aggregation import Vote, cap_weights, get_rule
 
-UNSETTLED = (LeaseStatus.OPEN, LeaseStatus.COMMITTED)
-
 
 def open_round(state: State, base_digest: str, now_s: float) -> list[Effect]:
-    """Lease work to every ready worker that holds `base_digest`. Opens nothing when there is none to lease to."""
-    ready = [
-        peer
-        for peer in sorted(state.peers)
-        if state.peers[peer].status is PeerStatus.READY
-        and state.peers[peer].role == "worker"
-        and state.reports.get(peer) == base_digest
-    ]
-    if not ready:
-        return []
-    expected_s, plan = leases.plan_leases(state, ready)
-    if not plan:
-        return []
+    """Lease work to the workers that hold `base_digest`, of which there must be one. What the gone carried is free."""
+    for peer in state.peers.values():
+        if peer.status is PeerStatus.GONE and peer.carried:
+            leases.release_carried(state.pool, peer)
+    holders = sorted(peer for peer, digest in state.reports.items() if digest == base_digest)
+    expected_s, plan = leases.plan_leases(state, [peer for peer in holders if state.peers[peer].role == "worker"])
     spec = state.spec
+    num_units = sum(plan.values())
     round_ = Round(
         index=state.rounds_merged,
         base_digest=base_digest,
@@ -39,18 +33,20 @@ def open_round(state: State, base_digest: str, now_s: float) -> list[Effect]:
         deadline_s=now_s + expected_s * spec.round.deadline_factor + spec.round.exchange_s,
         expected_s=expected_s,
         tokens_before=state.tokens_credited,
-        leased_tokens=sum(plan.values()) * spec.shard_tokens,
+        leased_tokens=num_units * spec.shard_tokens,
         leases={},
+        unsettled=len(plan),
     )
-    for peer, shards in plan.items():
-        round_.leases[peer] = LeaseRecord(
-            lease_id=state.next_lease_id,
-            peer=peer,
-            units=leases.take_units(state.pool, shards),
+    units = iter(leases.take_units(state.pool, num_units))
+    for lease_id, (peer_id, shards) in enumerate(plan.items(), state.next_lease_id):
+        round_.leases[peer_id] = LeaseRecord(
+            lease_id=lease_id,
+            peer=peer_id,
+            units=list(islice(units, shards)),
             inner_steps=shards * spec.data.shard_steps,
             granted_s=now_s,
         )
-        state.next_lease_id += 1
+    state.next_lease_id += len(plan)
     state.round = round_
     state.phase = Phase.TRAIN
     return [grant_lease(round_, lease, now_s) for lease in round_.leases.values()]
@@ -75,16 +71,19 @@ def commit_contribution(state: State, event: ContributionCommitted, now_s: float
 
     Shards that are neither of the lease nor carried by the peer earn nothing.
     """
-    lease = _find_lease(state, event)
-    if isinstance(lease, LeaseRecord) and lease.candidate is not None:
+    round_ = state.round
+    lease = round_.leases.get(event.peer) if round_ else None
+    if round_ is None or lease is None or lease.lease_id != event.lease_id:
+        return _refuse(
+            state, event, "late: the round of this lease is closed; the work counts with the next contribution"
+        )
+    if lease.candidate is not None and lease.candidate.contribution_hash == event.contribution_hash:
         return [check_payload(event.peer, lease.candidate)]  # the same header again, after a broken connection
-    if isinstance(lease, str):
-        if event.peer in state.peers:
-            state.peers[event.peer].refused += 1
-        return [JudgeContribution(peer=event.peer, payload_hash=event.payload_hash, accepted=False, reason=lease)]
+    problem = _find_problem(state, round_, lease, event)
+    if problem:
+        return _refuse(state, event, problem)
     peer = state.peers[event.peer]
     done = set(event.units)
-    lease.status = LeaseStatus.COMMITTED
     lease.candidate = Candidate(
         contribution_hash=event.contribution_hash,
         payload_hash=event.payload_hash,
@@ -94,9 +93,11 @@ def commit_contribution(state: State, event: ContributionCommitted, now_s: float
         carried_units=[unit for unit in peer.carried if unit in done],
         mean_loss=event.mean_loss,
     )
+    leases.set_status(round_, lease, LeaseStatus.COMMITTED)
     peer.carried = [unit for unit in peer.carried if unit not in done]
     leases.release_carried(state.pool, peer)
-    leases.observe_speed(peer, event.inner_steps, now_s - lease.granted_s)
+    # From its shards, not from the header's inner_steps: a speed is never taken from what a peer says of itself.
+    leases.observe_speed(peer, len(lease.candidate.lease_units) * state.spec.data.shard_steps, now_s - lease.granted_s)
     return [check_payload(event.peer, lease.candidate)]
 
 
@@ -110,43 +111,45 @@ def check_payload(peer: str, candidate: Candidate) -> CheckPayload:
     )
 
 
-def _find_lease(state: State, event: ContributionCommitted) -> LeaseRecord | str:
-    """The open lease that this contribution fulfils, or why it cannot count."""
-    round_ = state.round
-    lease = round_.leases.get(event.peer) if round_ else None
-    if round_ is None or lease is None or lease.lease_id != event.lease_id:
-        return "late: the round of this lease is closed; the work counts with the next contribution"
-    if lease.candidate is not None and lease.candidate.contribution_hash == event.contribution_hash:
-        return lease
+def _find_problem(state: State, round_: Round, lease: LeaseRecord, event: ContributionCommitted) -> str:
+    """Why this contribution cannot fulfil the lease; empty when it can."""
     if lease.status is not LeaseStatus.OPEN:
         return f"the lease is {lease.status.value} already"
     if event.base_digest != round_.base_digest:
         return "trained from another state than the lease names"
+    if len(event.units) > 2 * leases.MAX_UNITS:
+        return f"names {len(event.units)} shards; at most {2 * leases.MAX_UNITS} can count"
     if len(set(event.units)) != len(event.units):
         return "names a shard twice"
-    if not set(lease.units) & set(event.units):
+    if set(lease.units).isdisjoint(event.units):
         return "none of the lease's shards was finished"
     if event.tokens != len(event.units) * state.spec.shard_tokens:
         return "the tokens are not those of its shards"
-    return lease
+    return ""
+
+
+def _refuse(state: State, event: ContributionCommitted, reason: str) -> list[Effect]:
+    if event.peer in state.peers:
+        state.peers[event.peer].refused += 1
+    return [JudgeContribution(peer=event.peer, payload_hash=event.payload_hash, accepted=False, reason=reason)]
 
 
 def record_check(state: State, event: PayloadChecked) -> list[Effect]:
     """The payload was looked at: it will be merged, or it is refused and its shards go back."""
     round_ = state.round
     lease = round_.leases.get(event.peer) if round_ else None
-    if lease is None or lease.candidate is None or lease.candidate.payload_hash != event.payload_hash:
-        return []  # its round is closed, and the peer was told then
-    if lease.status is not LeaseStatus.COMMITTED:
-        return []  # checked already
+    if round_ is None or lease is None or lease.candidate is None or lease.status is not LeaseStatus.COMMITTED:
+        return []  # checked already, or its round is closed and the peer was told then
+    if lease.candidate.payload_hash != event.payload_hash:
+        return []
     if event.refused_because:
-        leases.close_lease(state.pool, lease)
+        leases.close_lease(state.pool, round_, lease)
         state.peers[event.peer].refused += 1
     else:
-        lease.status = LeaseStatus.ACCEPTED
+        leases.set_status(round_, lease, LeaseStatus.ACCEPTED)
         lease.candidate.norm = event.norm
-        unfinished = [unit for unit in lease.units if unit not in set(lease.candidate.lease_units)]
-        state.pool.returned.extend(unfinished)
+        finished = set(lease.candidate.lease_units)
+        state.pool.returned.extend(unit for unit in lease.units if unit not in finished)
         lease.units = lease.candidate.lease_units
     return [
         JudgeContribution(
@@ -163,37 +166,36 @@ def close_if_due(state: State, now_s: float) -> list[Effect]:
     round_ = state.round
     if round_ is None:
         return []
-    unsettled = (lease for lease in round_.leases.values() if lease.status in UNSETTLED)
-    first = next(unsettled, None)
-    if first is None:
+    if round_.unsettled == 0:
         return _close(state, round_, "every lease is settled", now_s)
     if now_s < round_.deadline_s:
         return []
     effects: list[Effect] = []
-    for lease in (first, *unsettled):
+    for lease in round_.leases.values():
         peer = state.peers[lease.peer]
         if lease.status is LeaseStatus.OPEN:
             leases.observe_speed(peer, lease.inner_steps, 2.0 * (now_s - lease.granted_s))
-        elif lease.candidate:
+        elif lease.status is LeaseStatus.COMMITTED and lease.candidate is not None:
+            late = "late: the payload had not arrived when the round closed"
             effects.append(
                 JudgeContribution(
-                    peer=lease.peer,
-                    payload_hash=lease.candidate.payload_hash,
-                    accepted=False,
-                    reason="late: the payload had not arrived when the round closed",
+                    peer=lease.peer, payload_hash=lease.candidate.payload_hash, accepted=False, reason=late
                 )
             )
-        leases.close_lease(state.pool, lease, carry_to=peer)
+        else:
+            continue
+        leases.close_lease(state.pool, round_, lease, carry_to=peer)
     return [*effects, *_close(state, round_, "deadline", now_s)]
 
 
 def _close(state: State, round_: Round, because: str, now_s: float) -> list[Effect]:
     accepted = [lease for lease in round_.leases.values() if lease.status is LeaseStatus.ACCEPTED]
     tokens = sum(_tokens(state, lease) for lease in accepted)
-    state.round = None
-    state.reports = {}
-    if not accepted or tokens < state.spec.round.quorum_fraction * round_.leased_tokens:
-        return [_void(state, round_, accepted, because)]
+    if not accepted:
+        return void_round(state, round_, f"no contribution was accepted ({because})")
+    if tokens < state.spec.round.quorum_fraction * round_.leased_tokens:
+        return void_round(state, round_, f"the quorum was missed ({because})")
+    _free_the_away(state, round_)
     credits_ = _weigh(state, accepted)
     for credit in credits_:
         peer = state.peers[credit.peer]
@@ -202,8 +204,11 @@ def _close(state: State, round_: Round, because: str, now_s: float) -> list[Effe
         peer.accepted += 1
     state.tokens_credited += tokens
     state.rounds_merged += 1
+    state.round = None
     state.phase = Phase.MERGE
-    state.merge_deadline_s = now_s + state.spec.round.merge_timeout_s
+    state.awaited = {peer_id: None for peer_id in state.reports if state.peers[peer_id].role == "worker"}
+    state.reports = {}
+    state.wait_until_s = now_s + state.spec.round.merge_timeout_s
     return [
         CloseRound(
             round=round_.index,
@@ -218,17 +223,24 @@ def _close(state: State, round_: Round, because: str, now_s: float) -> list[Effe
     ]
 
 
-def _void(state: State, round_: Round, accepted: list[LeaseRecord], because: str) -> VoidRound:
-    for lease in accepted:
-        leases.close_lease(state.pool, lease, carry_to=state.peers[lease.peer])
-    state.reports = {
-        peer_id: peer.state_digest
-        for peer_id, peer in state.peers.items()
-        if peer.status is PeerStatus.READY and peer.state_round == state.rounds_merged
-    }
+def void_round(state: State, round_: Round, reason: str) -> list[Effect]:
+    """End the open round without a manifest. The state stays, and so does the work, with the peers that did it.
+
+    Rounds that are void at once, because every peer hands its lease back, do not follow each other without a pause.
+    """
+    _free_the_away(state, round_)
+    for lease in round_.leases.values():
+        leases.close_lease(state.pool, round_, lease, carry_to=state.peers[lease.peer])
+    state.round = None
     state.phase = Phase.WAITING_FOR_PEERS
-    reason = "no contribution was accepted" if not accepted else "the quorum was missed"
-    return VoidRound(round=round_.index, reason=f"{reason} ({because})")
+    state.wait_until_s = round_.opened_s + state.spec.round.exchange_s
+    return [VoidRound(round=round_.index, reason=reason)]
+
+
+def _free_the_away(state: State, round_: Round) -> None:
+    for lease in round_.leases.values():
+        if lease.status is LeaseStatus.AWAY:
+            leases.close_lease(state.pool, round_, lease)
 
 
 def _tokens(state: State, lease: LeaseRecord) -> int:

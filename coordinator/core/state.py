@@ -2,7 +2,7 @@
 
 The state is mutable inside the core and belongs to it alone; the shell reads it. It is made of plain values, so a
 snapshot is its JSON and nothing else. Invariant: every unit (a shard in one pass) is in exactly one place: ahead of the
-pool's cursor, returned to the pool, in one open lease, carried by one peer, or credited.
+pool's cursor, returned to the pool, in one lease that is not closed, carried by one peer, or credited.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class Phase(StrEnum):
 
 class PeerStatus(StrEnum):
     SYNCING = "syncing"  # joined or behind: fetching the state
-    READY = "ready"  # holds the current state
+    READY = "ready"  # in State.reports, or in State.awaited: holds the current state, or is merging it
     GONE = "gone"
 
 
@@ -36,7 +36,8 @@ class LeaseStatus(StrEnum):
     OPEN = "open"
     COMMITTED = "committed"  # header here, payload not checked yet
     ACCEPTED = "accepted"
-    CLOSED = "closed"  # refused, returned, lost or expired: its units are elsewhere again
+    AWAY = "away"  # its peer left: the round does not wait for it, but is still there if the peer comes back
+    CLOSED = "closed"  # refused, returned or expired: its units are elsewhere again
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,8 +51,6 @@ class Peer:
     status: PeerStatus = PeerStatus.SYNCING
     steps_per_s: float = 0.0
     observed: bool = False  # False: steps_per_s is only what the peer claimed
-    state_round: int = -1  # rounds merged in the state that it last reported
-    state_digest: str = ""
     carried: list[Unit] = field(default_factory=list)  # trained on, not yet merged: kept for its next contribution
     credited_tokens: int = 0
     credited_shards: int = 0
@@ -86,7 +85,7 @@ class LeaseRecord:
 
 @dataclass(slots=True, kw_only=True)
 class Round:
-    """An open round. What is set at its opening does not change until it closes."""
+    """An open round. What is set at its opening does not change until it closes; only its leases do."""
 
     index: int
     base_digest: str
@@ -96,6 +95,7 @@ class Round:
     tokens_before: int
     leased_tokens: int
     leases: dict[str, LeaseRecord]  # by peer
+    unsettled: int = 0  # leases that the round still waits for
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,10 +127,11 @@ class State:
     tokens_credited: int = 0
     next_lease_id: int = 1
     round: Round | None = None
-    merge_deadline_s: float | None = None
     peers: dict[str, Peer] = field(default_factory=dict)
     invites: dict[str, InviteRecord] = field(default_factory=dict)
     reports: dict[str, str] = field(default_factory=dict)  # peer -> digest after `rounds_merged` rounds
+    awaited: dict[str, None] = field(default_factory=dict)  # workers that held the last state and have not merged yet
+    wait_until_s: float | None = None  # the next round opens no sooner, unless nobody is awaited any more
     checkpoint_round: int = 0
     checkpoint_digest: str = ""
 

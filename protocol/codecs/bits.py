@@ -47,18 +47,32 @@ def unpack_flags(packed: memoryview, count: int) -> NDArray[np.bool_]:
 
 
 def pack_fields(values: NDArray[np.uint32], width: int) -> bytes:
-    """The lowest `width` bits (0 to 32) of each value, one after another."""
-    bits = np.unpackbits(values.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, count=width, bitorder="little")
-    return np.packbits(bits, bitorder="little").tobytes()
+    """Values below 2^width, 0 <= width <= 32, each in `width` bits, one after another."""
+    # Eight fields take exactly `width` bytes, so what happens to one row of eight happens to all rows at once.
+    fields = np.pad(values.astype(np.uint64), (0, -values.size % 8)).reshape(-1, 8)
+    rows = np.zeros((len(fields), width), np.uint8)
+    for place in range(8):
+        first, shift = divmod(place * width, 8)
+        window = fields[:, place] << np.uint64(shift)
+        for byte in range(first, bytes_of_bits((place + 1) * width)):
+            rows[:, byte] |= (window >> np.uint64(8 * (byte - first))).astype(np.uint8)
+    return rows.tobytes()[: bytes_of_bits(values.size * width)]
 
 
 def unpack_fields(packed: memoryview, count: int, width: int) -> NDArray[np.uint32]:
     """The inverse of `pack_fields`; `packed` holds bytes_of_bits(count * width) bytes."""
-    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=count * width, bitorder="little")
-    octets = np.packbits(bits.reshape(count, width), axis=1, bitorder="little")
-    words = np.zeros((count, 4), np.uint8)
-    words[:, : octets.shape[1]] = octets
-    return words.view("<u4")[:, 0]
+    num_rows = bytes_of_bits(count)
+    rows = np.zeros(num_rows * width, np.uint8)
+    rows[: len(packed)] = np.frombuffer(packed, np.uint8)
+    columns = rows.reshape(num_rows, width).T.astype(np.uint64)
+    fields = np.zeros((num_rows, 8), np.uint32)
+    for place in range(8):
+        first, shift = divmod(place * width, 8)
+        window = np.zeros(num_rows, np.uint64)
+        for byte in range(first, bytes_of_bits((place + 1) * width)):
+            window |= columns[byte] << np.uint64(8 * (byte - first))
+        fields[:, place] = (window >> np.uint64(shift)) & np.uint64((1 << width) - 1)
+    return fields.reshape(-1)[:count]
 
 
 def pack_unary(values: NDArray[np.int64]) -> bytes:

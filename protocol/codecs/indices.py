@@ -13,6 +13,7 @@ bits an index instead of 7.50; the information limit is 7.37.
 
 import math
 import struct
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from protocol.codecs.bits import Reader, bytes_of_bits, pack_fields, pack_unary,
 from protocol.errors import PayloadError
 
 Indices = NDArray[np.int64]
+_TRIED_BELOW = 6
 _RICE_HEADER = struct.Struct("<BI")  # pair_bits, bytes of the unary stream
 
 
@@ -46,11 +48,15 @@ def plain_bytes(num_chunks: int, k: int, chunk: int) -> int:
 
 def pack_rice(indices_nk: Indices, chunk: int) -> bytes:
     """Indices (N, K), increasing along K, below `chunk`; with the pair_bits that makes them shortest."""
-    gaps = (np.diff(indices_nk, axis=1, prepend=-1) - 1).reshape(-1).astype(np.uint32)
-    pair_bits = min(range(pair_bits_max(chunk) + 1), key=lambda bits: _rice_bytes(gaps, bits))
-    quotients, remainders = np.divmod(gaps, np.uint32(_divisor(pair_bits)))
-    pairs = np.pad(remainders, (0, gaps.size % 2)).reshape(-1, 2)
-    packed = pack_fields(pairs[:, 0] * np.uint32(_divisor(pair_bits)) + pairs[:, 1], pair_bits)
+    num_chunks, k = indices_nk.shape
+    gaps = _gaps(indices_nk)
+    safe = _safe_pair_bits(num_chunks, k, chunk)
+    choices = range(max(0, safe - _TRIED_BELOW), safe + 1)
+    pair_bits = min(choices, key=lambda bits: _rice_bytes(gaps, bits))
+    divisor = np.uint32(_divisor(pair_bits))
+    quotients = gaps // divisor
+    pairs = np.pad(gaps - quotients * divisor, (0, gaps.size % 2)).reshape(-1, 2)
+    packed = pack_fields(pairs[:, 0] * divisor + pairs[:, 1], pair_bits)
     unary = pack_unary(quotients.astype(np.int64))
     return _RICE_HEADER.pack(pair_bits, len(unary)) + packed + unary
 
@@ -77,10 +83,7 @@ def read_rice(reader: Reader, num_chunks: int, k: int, chunk: int) -> Indices:
 
 def rice_bytes_max(num_chunks: int, k: int, chunk: int) -> int:
     """No result of `pack_rice` is longer, wherever the indices are."""
-    return _RICE_HEADER.size + min(
-        bytes_of_bits(-(-num_chunks * k // 2) * bits) + _unary_bytes_max(num_chunks, k, chunk, bits)
-        for bits in range(pair_bits_max(chunk) + 1)
-    )
+    return _RICE_HEADER.size + _rice_bytes_max(num_chunks, k, chunk, _safe_pair_bits(num_chunks, k, chunk))
 
 
 def pair_bits_max(chunk: int) -> int:
@@ -88,9 +91,28 @@ def pair_bits_max(chunk: int) -> int:
     return 2 * _width(chunk)
 
 
+def _gaps(indices_nk: Indices) -> NDArray[np.uint32]:
+    narrow_nk = indices_nk.astype(np.uint32)
+    gaps_nk = narrow_nk.copy()
+    gaps_nk[:, 1:] -= narrow_nk[:, :-1] + np.uint32(1)
+    return gaps_nk.reshape(-1)
+
+
 def _rice_bytes(gaps: NDArray[np.uint32], pair_bits: int) -> int:
     pairs = bytes_of_bits(-(-gaps.size // 2) * pair_bits)
     return pairs + bytes_of_bits(gaps.size + int((gaps // np.uint32(_divisor(pair_bits))).sum(dtype=np.int64)))
+
+
+@lru_cache
+def _safe_pair_bits(num_chunks: int, k: int, chunk: int) -> int:
+    """The pair_bits with the least upper bound. Evenly spread indices need it, clustered ones fewer."""
+    choices = range(pair_bits_max(chunk) + 1)
+    return min(choices, key=lambda bits: _rice_bytes_max(num_chunks, k, chunk, bits))
+
+
+def _rice_bytes_max(num_chunks: int, k: int, chunk: int, pair_bits: int) -> int:
+    pairs = bytes_of_bits(-(-num_chunks * k // 2) * pair_bits)
+    return pairs + _unary_bytes_max(num_chunks, k, chunk, pair_bits)
 
 
 def _unary_bytes_max(num_chunks: int, k: int, chunk: int, pair_bits: int) -> int:

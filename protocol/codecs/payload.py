@@ -181,11 +181,16 @@ class PiecewiseCodec(ABC):
 
 def check_vector(vector: Vector) -> None:
     """Raise PayloadError unless `vector` is float32 (D,) with D >= 1, finite and within ENCODED_MAX."""
-    if vector.dtype != np.float32 or vector.ndim != 1 or vector.size == 0:
-        raise PayloadError(f"a codec encodes float32 of shape (D,), not {vector.dtype} of shape {vector.shape}")
+    check_shape(vector)
     for start in range(0, vector.size, PIECE_VALUES):
         if not within(vector[start : start + PIECE_VALUES], ENCODED_MAX):
             raise PayloadError("the vector holds NaN, an infinity or a value above 1e35: the training has diverged")
+
+
+def check_shape(vector: Vector) -> None:
+    """Raise PayloadError unless `vector` is float32 (D,) with D >= 1."""
+    if vector.dtype != np.float32 or vector.ndim != 1 or vector.size == 0:
+        raise PayloadError(f"a codec encodes float32 of shape (D,), not {vector.dtype} of shape {vector.shape}")
 
 
 def check_decoded(values: Vector) -> None:

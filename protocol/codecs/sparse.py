@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from protocol.codecs.bits import Reader, bytes_of_bits, pack_flags, unpack_flags
 from protocol.codecs.indices import pack_plain, pack_rice, plain_bytes, read_plain, read_rice, rice_bytes_max
-from protocol.codecs.payload import HEADER_BYTES, PayloadHeader, PiecewiseCodec, Vector, Where, check_vector
+from protocol.codecs.payload import HEADER_BYTES, PayloadHeader, PiecewiseCodec, Vector, Where, check_shape
 from protocol.codecs.scales import exponent_of, load_float8, store_float8
 from protocol.codecs.selection import select_largest
 from protocol.errors import ConfigError
@@ -64,7 +64,7 @@ class SparseCodec(PiecewiseCodec):
             raise ConfigError(f"codec sparse: packing = {self.packing} is neither 0 (plain) nor 1 (Rice)")
 
     def encode(self, vector: Vector) -> bytes:
-        check_vector(vector)
+        check_shape(vector)  # selection checks the values
         vector = np.ascontiguousarray(vector)
         parts = [self._header(vector.size)]
         parts += [self._encode_segment(vector, segment) for segment in self._segments(vector.size)]
@@ -98,7 +98,7 @@ class SparseCodec(PiecewiseCodec):
             large_nk = unpack_flags(reader.take(bytes_of_bits(count)), count).reshape(shape)
             indices_nk = read_indices(reader, *shape, segment.length)
             values_nk = np.where(large_nk, scales_n2[:, 1:], scales_n2[:, :1])
-            np.negative(values_nk, out=values_nk, where=negative_nk)
+            values_nk.view(np.uint32)[:] |= negative_nk.astype(np.uint32) << 31  # several times faster than np.negative
             indices_nk += segment.start + segment.length * np.arange(segment.num_chunks)[:, None]
             yield indices_nk.reshape(-1), values_nk.reshape(-1)
         reader.finish()
@@ -108,8 +108,7 @@ class SparseCodec(PiecewiseCodec):
         if segment.length < self.chunk:  # zeros tie at worst, and then the lower index, a real value, is selected
             values = np.pad(values, (0, self.chunk - segment.length))
         chunks_nm = values.reshape(segment.num_chunks, self.chunk)
-        order_nk = select_largest(chunks_nm, segment.k)
-        sent_nk = np.take_along_axis(chunks_nm, order_nk, axis=1)
+        order_nk, sent_nk = select_largest(chunks_nm, segment.k)
         scales_n2, num_large_n = _fit_two_levels(np.abs(sent_nk))
         large_nk = np.arange(segment.k) < num_large_n[:, None]
         tagged_nk = (order_nk << 2) | ((sent_nk < 0).astype(np.int64) << 1) | large_nk
@@ -146,11 +145,15 @@ def _fit_two_levels(magnitudes_nk: Vector) -> tuple[Vector, NDArray[np.int64]]:
     """Scales (N, 2), small and large, and how many (N,) of the falling magnitudes (N, K) are large: least squares."""
     k = magnitudes_nk.shape[1]
     num_large = np.arange(1, k + 1)
-    num_small = np.maximum(k - num_large, 1)  # with nothing small, the sum below is zero as well
+    num_small = np.maximum(k - num_large, 1)  # with nothing small, what is divided by it is zero as well
     sums_nk = np.cumsum(magnitudes_nk, axis=1, dtype=np.float64)
-    rests_nk = sums_nk[:, -1:] - sums_nk
-    best_n = np.argmax(sums_nk**2 / num_large + rests_nk**2 / num_small, axis=1)
-    rows_n = np.arange(len(best_n))
-    large_n = sums_nk[rows_n, best_n] / num_large[best_n]
-    small_n = rests_nk[rows_n, best_n] / num_small[best_n]
-    return np.stack((small_n, large_n), axis=1).astype(np.float32), best_n + 1
+    # The split with the least squared error is the one with the most variance between its two sides.
+    spreads_nk = sums_nk - sums_nk[:, -1:] * (num_large / k)
+    spreads_nk *= spreads_nk
+    spreads_nk *= 1.0 / (num_large * num_small)
+    best_n = np.argmax(spreads_nk, axis=1)
+    large_sums_n = sums_nk[np.arange(len(best_n)), best_n]
+    scales_n2 = np.stack(
+        ((sums_nk[:, -1] - large_sums_n) / num_small[best_n], large_sums_n / num_large[best_n]), axis=1
+    )
+    return scales_n2.astype(np.float32), best_n + 1

@@ -226,7 +226,7 @@ def test_nothing_is_left_when_the_disk_is_full(tmp_path: Path) -> None:
         with pytest.raises(DiskFullError):
             export_checkpoint(tmp_path / "source", disk / "checkpoint")
         with pytest.raises(DiskFullError):
-            write_tensors(disk / "tensors", {"all": torch.zeros(1 << 16)}, {})
+            write_tensors(disk / "tensors", {"all": torch.zeros(1 << 16)})
         assert names(disk) == []
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -23,10 +23,15 @@ def fixed_vector(shift: int = 0) -> Vector:
     return (np.roll(np.arange(D, dtype=np.float32), shift) % 97 - 48) / np.float32(31)
 
 
+def no_payload(payload_hash: str) -> bytes:
+    raise AssertionError("nothing is to be read")
+
+
 def round_of(state: State, payloads: list[bytes], **changes: object) -> Manifest:
     accepted = tuple(
         Accepted(
             peer=PEER,
+            name="a worker",
             contribution_hash="0" * 64,
             payload_hash=sha256_hex(payload),
             payload_bytes=len(payload),
@@ -177,7 +182,7 @@ def test_momentum_starts_from_zeros_when_the_state_has_none() -> None:
 def test_only_the_round_changes_when_nobody_contributed() -> None:
     state = State(2, fixed_vector(), fixed_vector(1))
     manifest = round_of(state, [], outer_optimizer="sgd", outer_learning_rate=0.5, outer_momentum=0.9)
-    after = apply_manifest(state, manifest, {}.__getitem__)
+    after = apply_manifest(state, manifest, no_payload)
     assert (after.round, after.digest) == (3, state.digest)
 
 
@@ -206,7 +211,7 @@ def test_manifest_is_refused_when_it_does_not_follow_from_the_state(change: dict
 def test_both_digests_are_named_when_states_diverged() -> None:
     state = State(0, fixed_vector())
     with pytest.raises(VerificationError, match=f"{'f' * 64}.*{state.digest}"):
-        apply_manifest(state, round_of(state, [], base_digest="f" * 64), {}.__getitem__)
+        apply_manifest(state, round_of(state, [], base_digest="f" * 64), no_payload)
 
 
 def test_payload_is_refused_when_it_is_not_the_one_that_the_manifest_names() -> None:

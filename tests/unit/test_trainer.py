@@ -76,7 +76,7 @@ def run(
     )
 
 
-class OneWay(CausalLM):
+class Faulty(CausalLM):
     """A task whose loss can be made to fail, as a small device or a bad batch makes it fail."""
 
     def __init__(self, fits: int = 1 << 30, factor: float = 1.0, error: str = "CUDA out of memory") -> None:
@@ -128,12 +128,12 @@ def test_gradient_is_that_of_one_batch_when_it_is_accumulated() -> None:
 def test_micro_batch_is_halved_until_it_fits_when_memory_runs_out() -> None:
     spec = make_spec()
     shards = make_shards(spec, 1)
-    small, large = make_trainer(spec, task=OneWay(fits=1)), make_trainer(spec)
+    small, large = make_trainer(spec, task=Faulty(fits=1)), make_trainer(spec)
     theta = parameters.flatten(large.model)
     assert run(small, theta, shards).mean_loss == pytest.approx(run(large, theta, shards).mean_loss, abs=1e-5)
     assert small.micro_batch == 1
     with pytest.raises(DeviceMemoryError, match="16 tokens"):
-        run(make_trainer(spec, task=OneWay(fits=0)), theta, shards)
+        run(make_trainer(spec, task=Faulty(fits=0)), theta, shards)
 
 
 def test_only_whole_shards_count_when_it_is_stopped_inside_one() -> None:
@@ -167,7 +167,7 @@ def test_only_the_share_of_the_time_is_computed_when_throttled() -> None:
 
 
 def test_lease_is_given_up_when_no_step_is_finite() -> None:
-    trainer = make_trainer(task=OneWay(factor=math.nan))
+    trainer = make_trainer(task=Faulty(factor=math.nan))
     theta = parameters.flatten(trainer.model)
     reports: list[StepReport] = []
     with pytest.raises(DivergedError, match="3 steps in a row"):
@@ -176,6 +176,21 @@ def test_lease_is_given_up_when_no_step_is_finite() -> None:
     assert parameters.flatten(trainer.model).tobytes() == theta.tobytes()
     with pytest.raises(DivergedError):
         run(trainer, theta, make_shards(trainer.spec, 1))
+
+
+def test_lease_goes_on_when_bad_steps_are_not_in_a_row() -> None:
+    task = Faulty()
+    trainer = make_trainer(task=task)
+    reports: list[StepReport] = []
+
+    def on_step(report: StepReport) -> None:
+        reports.append(report)
+        task.factor = math.inf if report.inner_step % 3 else 1.0  # the first of each three steps is sound
+
+    result = run(trainer, parameters.flatten(trainer.model), make_shards(trainer.spec, 4), on_step=on_step)
+    assert [report.skipped for report in reports] == [False, True, True, False, True, True, False, True]
+    assert (result.inner_steps, result.shards_done) == (8, 4)
+    assert np.isfinite(result.mean_loss)
 
 
 def test_shard_is_refused_when_it_has_another_shape() -> None:
@@ -313,6 +328,7 @@ def test_model_is_the_same_when_another_machine_builds_it_from_the_config() -> N
         ("bert_of_mine", LLAMA, r"model\.architecture"),
         ("gemma3", LLAMA, "`gemma3_text`"),
         ("llama", LLAMA | {"hiden_size": 32}, r"model\.config\.hiden_size .*`hidden_size`"),
+        ("llama", LLAMA | {"zzz": 1}, r"model\.config\.zzz is not a field of llama; remove it"),
         ("llama", LLAMA | {"vocab_size": 5}, "vocab_size is set by the run"),
         ("llama", LLAMA | {"hidden_size": 31}, "multiple"),
         ("llama", LLAMA | {"hidden_size": "wide"}, "expected int"),
@@ -331,3 +347,13 @@ def test_positions_reach_the_sequence_length_when_the_config_has_too_few() -> No
     spec = make_spec(architecture="gpt2", model=GPT2 | {"n_positions": 8})
     model: Any = CausalLM().build_model(spec, VOCABULARY, seed=0)
     assert model.config.n_positions == 16
+
+
+@pytest.mark.parametrize(("architecture", "model"), [("llama", LLAMA), ("bert", LLAMA)])
+def test_model_does_not_look_ahead(architecture: str, model: Any) -> None:
+    built = CausalLM().build_model(make_spec(architecture=architecture, model=model), VOCABULARY, seed=0).eval()
+    rows = torch.arange(16)[None] % VOCABULARY
+    changed = rows.clone()
+    changed[0, -1] = 3
+    with torch.no_grad():
+        assert torch.equal(built(rows).logits[0, :-1], built(changed).logits[0, :-1])

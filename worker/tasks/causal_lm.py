@@ -46,10 +46,7 @@ class CausalLM:
         if spec.model.initial_weights is not None:
             return _load_initial(Path(spec.model.initial_weights).expanduser(), vocabulary_size)
         architecture = spec.model.architecture
-        known = _known_fields(architecture)
-        fields = _checked_fields(architecture, spec.model.config, known)
-        for name in {"bos_token_id", "eos_token_id", "pad_token_id"} & known:
-            fields.setdefault(name, None)  # the class's defaults belong to another vocabulary
+        fields = _checked_fields(architecture, spec.model.config)
         try:
             config = transformers.AutoConfig.for_model(architecture, vocab_size=vocabulary_size, **fields)
             _raise_position_limit(config, spec.data.sequence_length)
@@ -165,14 +162,18 @@ def _known_fields(architecture: str) -> set[str]:
     return known | _LEGACY_ROPE_FIELDS if "rope_parameters" in known else known
 
 
-def _checked_fields(architecture: str, fields: dict[str, Any], known: set[str]) -> dict[str, Any]:
+def _checked_fields(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
+    known = _known_fields(architecture)
     for name in fields:
         if name in _SET_BY_THE_RUN:
             raise ConfigError(f"model.config.{name} is set by the run itself; remove it")
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
-            raise ConfigError(f"model.config.{name} is not a field of {architecture}; did you mean `{near}`?")
-    return dict(fields)
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"did you mean `{near[0]}`?" if near else "remove it"
+            raise ConfigError(f"model.config.{name} is not a field of {architecture}; {hint}")
+    # the class's default special tokens belong to another vocabulary, and bert and its kin look ahead by default
+    defaults = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "is_decoder": True}
+    return {name: value for name, value in defaults.items() if name in known} | fields
 
 
 def _raise_position_limit(config: Any, sequence_length: int) -> None:

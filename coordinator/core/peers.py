@@ -1,0 +1,142 @@
+"""Peers: who may join, who holds which state, and which state is the run's.
+
+Each function takes one event and returns its effects. A peer that is READY is either in `reports` (it holds the state
+after `rounds_merged` rounds) or in `awaited` (it held the state before, and is merging).
+"""
+
+from collections import Counter
+
+from coordinator.core import events as ev
+from coordinator.core import leases, rounds
+from coordinator.core.effects import Effect, RefusePeer, RequestResync
+from coordinator.core.state import InviteRecord, LeaseStatus, Peer, PeerStatus, State
+
+
+def reference_digest(state: State) -> str | None:
+    """The digest that counts as the run's state, or None while nobody has reported any.
+
+    That of the checkpoint when it is of this very round (the initial state is one), else the validator's when it has
+    reported, else that of most peers. A manifest that builds on another state could be applied by nobody.
+    """
+    if state.checkpoint_round == state.rounds_merged:
+        return state.checkpoint_digest
+    for peer_id, digest in sorted(state.reports.items()):
+        if state.peers[peer_id].role == "validator":
+            return digest
+    tally = Counter(state.reports.values())
+    return min(tally, key=lambda digest: (-tally[digest], digest)) if tally else None
+
+
+def resync_others(state: State, digest: str) -> list[Effect]:
+    """Have every peer that holds another state than the run's fetch it again."""
+    apart = sorted(peer_id for peer_id, reported in state.reports.items() if reported != digest)
+    return [_resync(state, peer_id, state.reports[peer_id], digest) for peer_id in apart]
+
+
+def _resync(state: State, peer_id: str, held: str, digest: str) -> Effect:
+    _drop_report(state, peer_id, PeerStatus.SYNCING)
+    reason = f"digest {held[:12]} after {state.rounds_merged} rounds; the run's is {digest[:12]}"
+    return RequestResync(peer=peer_id, reason=reason)
+
+
+def _drop_report(state: State, peer_id: str, status: PeerStatus) -> None:
+    state.peers[peer_id].status = status
+    state.reports.pop(peer_id, None)
+    state.awaited.pop(peer_id, None)
+
+
+# ---- one function an event
+
+
+def issue_invite(state: State, event: ev.InviteIssued, _: float) -> list[Effect]:
+    state.invites[event.token_id] = InviteRecord(uses_left=event.uses)
+    return []
+
+
+def revoke_invite(state: State, event: ev.InviteRevoked, _: float) -> list[Effect]:
+    """Nobody new joins with it. Those who did may come back: a broken connection must not shut them out."""
+    if event.token_id in state.invites:
+        state.invites[event.token_id].revoked = True
+    return []
+
+
+def join(state: State, event: ev.PeerJoined, _: float) -> list[Effect]:
+    """Let a peer in, or refuse it. It holds no state until it reports one."""
+    known = state.peers.get(event.peer)
+    if known is None or known.token_id != event.token_id:
+        invite = state.invites.get(event.token_id)
+        if invite is None or invite.revoked:
+            return [_refuse(event.peer, "invite_revoked", "this invite was revoked; ask for a new one")]
+        if invite.uses_left < 1:
+            return [_refuse(event.peer, "invite_used_up", "this invite is used up; ask for a new one")]
+        invite.uses_left -= 1
+    if known is None:
+        known = state.peers[event.peer] = Peer(
+            name=event.name, device=event.device, role=event.role, token_id=event.token_id
+        )
+    known.name, known.device, known.token_id, known.role = event.name, event.device, event.token_id, event.role
+    _drop_report(state, event.peer, PeerStatus.SYNCING)
+    _restore_lease(state, event)
+    return []
+
+
+def _refuse(peer: str, code: str, reason: str) -> Effect:
+    return RefusePeer(peer=peer, code=code, reason=reason)
+
+
+def _restore_lease(state: State, event: ev.PeerJoined) -> None:
+    """A peer that comes back in its round goes on with its lease; a lease that it does not know of goes back."""
+    round_ = state.round
+    lease = round_.leases.get(event.peer) if round_ else None
+    if round_ is None or lease is None or lease.status not in (LeaseStatus.OPEN, LeaseStatus.AWAY):
+        return
+    if event.lease_id == lease.lease_id:
+        leases.set_status(round_, lease, LeaseStatus.OPEN)
+    else:
+        leases.close_lease(state.pool, round_, lease)
+
+
+def leave(state: State, event: ev.PeerLeft, _: float) -> list[Effect]:
+    """The round no longer waits for the peer. What it carried is its own until the next round opens without it."""
+    if event.peer not in state.peers:
+        return []
+    _drop_report(state, event.peer, PeerStatus.GONE)
+    lease = state.round.leases.get(event.peer) if state.round else None
+    if state.round is not None and lease is not None and lease.status is LeaseStatus.OPEN:
+        leases.set_status(state.round, lease, LeaseStatus.AWAY)
+    return []
+
+
+def report_state(state: State, event: ev.StateReported, _: float) -> list[Effect]:
+    """A peer says which state it holds. The validator's word can end a round that was opened on another state."""
+    peer = state.peers.get(event.peer)
+    if peer is None or peer.status is PeerStatus.GONE:
+        return []
+    if not peer.observed and peer.steps_per_s == 0.0:
+        peer.steps_per_s = min(max(event.claimed_steps_per_s, 0.0), leases.MAX_CLAIMED_STEPS_PER_S)
+    if event.round > state.rounds_merged:
+        _drop_report(state, event.peer, PeerStatus.SYNCING)
+        reason = f"a state after {event.round} rounds; the run has merged {state.rounds_merged}"
+        return [RequestResync(peer=event.peer, reason=reason)]
+    if event.round < state.rounds_merged:
+        if event.peer not in state.awaited:
+            _drop_report(state, event.peer, PeerStatus.SYNCING)
+        return []
+    peer.status = PeerStatus.READY
+    state.awaited.pop(event.peer, None)
+    state.reports[event.peer] = event.digest
+    round_ = state.round
+    if round_ is None or event.digest == round_.base_digest:
+        return []
+    if peer.role == "validator" and reference_digest(state) == event.digest:
+        return rounds.void_round(state, round_, "the validator holds another state than the workers")
+    return [_resync(state, event.peer, event.digest, round_.base_digest)]
+
+
+def restart(state: State, _: ev.CoordinatorRestarted, __: float) -> list[Effect]:
+    """Every session is gone. Leases stay open: the peers come back and go on with them."""
+    for peer in state.peers.values():
+        peer.status = PeerStatus.GONE
+    state.reports = {}
+    state.awaited = {}
+    return []
