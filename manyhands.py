@@ -105,7 +105,8 @@ def generate(
     from worker.checkpoint import find_checkpoint
     from worker.generate import generate as write
 
-    typer.echo(write(find_checkpoint(source), prompt, max_new_tokens, temperature, seed))
+    text = write(find_checkpoint(source), prompt, max_new_tokens, temperature, seed)
+    typer.echo("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 @app.command()

@@ -38,7 +38,7 @@ def start(
       manyhands coordinator start manyhands-runs/my-run      # goes on where it stopped
     """
     from coordinator.run_folder import RunFolder, find_genesis, prepare
-    from coordinator.server import Server
+    from coordinator.server import Server, check_addresses
 
     place = _choose_folder(run, folder)
     home = RunFolder(place)
@@ -48,6 +48,7 @@ def start(
     spec = home.create(run / "run.toml" if run.is_dir() else run)
     database = home.open_database(spec)
     genesis = find_genesis(database)
+    check_addresses(spec)
     if genesis is None:
         with _shard_progress(quiet=as_json) as progress:
             genesis = prepare(home, spec, database, lambda size: _start_model_process(home, size), progress)

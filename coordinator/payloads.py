@@ -10,7 +10,7 @@ import structlog
 
 from coordinator.core.effects import CheckPayload
 from coordinator.core.events import PayloadChecked
-from protocol.codecs import codec_of
+from protocol.codecs import Codec
 from protocol.errors import ManyhandsError
 from protocol.exchange.store import BlobStore
 
@@ -20,8 +20,11 @@ log = structlog.get_logger()
 class PayloadChecker:
     """Expected payloads by hash."""
 
-    def __init__(self, store: BlobStore, num_parameters: int, submit: Callable[[PayloadChecked], None]) -> None:
+    def __init__(
+        self, store: BlobStore, codec: Codec, num_parameters: int, submit: Callable[[PayloadChecked], None]
+    ) -> None:
         self._store = store
+        self._codec = codec  # with the run's options: a payload written with others is refused
         self._num_parameters = num_parameters
         self._submit = submit
         self._expected: dict[str, CheckPayload] = {}
@@ -61,9 +64,6 @@ class PayloadChecker:
             payload = self._store.read(check.payload_hash)
             if len(payload) != check.payload_bytes:
                 return 0.0, f"the payload has {len(payload)} bytes; its header says {check.payload_bytes}"
-            codec = codec_of(payload)
-            if codec.name != check.codec:
-                return 0.0, f"the payload is {codec.name}; its header says {check.codec}"
-            return codec.inspect(payload, self._num_parameters).norm, ""
+            return self._codec.inspect(payload, self._num_parameters).norm, ""
         except ManyhandsError as error:
             return 0.0, str(error)

@@ -7,6 +7,7 @@ The run folder can be started again at any time.
 import asyncio
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator import tls
 from coordinator.core import events as ev
-from coordinator.core import machine
+from coordinator.core import machine, peers
 from coordinator.core.state import PeerStatus, State
 from coordinator.engine import Engine
 from coordinator.ledger import LedgerWriter
@@ -28,9 +29,12 @@ from coordinator.run_folder import RunFolder
 from coordinator.service import CoordinatorService
 from coordinator.sessions import Sessions
 from coordinator.storage.database import Database
+from protocol.codecs import get_codec
 from protocol.documents import Evaluation, EvaluationReport, Genesis, Invite, OperatorCommand
 from protocol.errors import ConfigError
+from protocol.exchange.dial import split_address
 from protocol.invite import encode_invite
+from protocol.run_spec import RunSpec
 from protocol.signing import Signed
 from protocol.wire import coordinator_pb2 as pb
 from protocol.wire.coordinator_pb2_grpc import add_CoordinatorServiceServicer_to_server
@@ -69,7 +73,8 @@ class Server:
         ledger = LedgerWriter(self.identity, self.run.run_id, self.run.spec, self.database.last_ledger_entry())
         fresh = machine.create(self.run.spec, num_shards=self.run.num_shards, initial_digest=self.run.initial_digest)
         self.engine = Engine.recover(self.database, ledger, fresh)
-        self.payloads = PayloadChecker(self.store, self.run.num_parameters, self.engine.submit)
+        codec = get_codec(self.run.spec.exchange.codec, self.run.spec.exchange.codec_options)
+        self.payloads = PayloadChecker(self.store, codec, self.run.num_parameters, self.engine.submit)
         self.sessions = Sessions(self.engine, self.identity, self.run.run_id, self.payloads)
         self._first_loss: float | None = None
 
@@ -120,7 +125,7 @@ class Server:
             "final_held_out_loss": last_evaluated,
             "round_seconds": rounds[-1].seconds if rounds else None,
             "ledger_head": self.engine.ledger_head,
-            "reference_digest": machine.reference_digest(state),
+            "reference_digest": peers.reference_digest(state),
             "digests": dict(state.reports),
             "peers": [
                 {
@@ -230,10 +235,7 @@ class Server:
         try:
             server.add_secure_port(listen, credentials)
         except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {listen}: the port is in use or the address is not this machine's;"
-                " change coordinator.listen in run.toml"
-            ) from error
+            raise ConfigError(f"cannot listen on {listen}; change coordinator.listen in run.toml") from error
         return server
 
     def _expect_payloads_again(self) -> None:
@@ -276,6 +278,19 @@ class Server:
         temporary = Path(f"{self.folder.running_path}.tmp")
         temporary.write_text(json.dumps(running))
         temporary.replace(self.folder.running_path)
+
+
+def check_addresses(spec: RunSpec) -> None:
+    """Raise ConfigError when a port is taken: better told before the text is cut than after."""
+    for key, address in (("listen", spec.coordinator.listen), ("http", spec.coordinator.http)):
+        host, port = split_address(address)
+        try:
+            with socket.create_server((host, port)):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {address}: {error.strerror or error}; change coordinator.{key} in run.toml"
+            ) from error
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -14,7 +14,8 @@ from rich.table import Table
 def shard_progress(quiet: bool) -> Iterator[Callable[[int], None]]:
     """A progress line while text is cut into shards; yields what takes the number of tokens so far."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("reading the text and making the model", total=None)
         yield lambda tokens: progress.update(task, description=f"cutting shards: {tokens:,} tokens")
 

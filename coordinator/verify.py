@@ -24,7 +24,8 @@ def verify_run(folder: Path, *, as_json: bool) -> None:
     database = home.open_database(home.spec())
     found = Audit()
     last = database.last_ledger_entry()
-    with Progress(console=Console(stderr=True), transient=True, disable=as_json) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("checking the ledger", total=(last.seq + 1) if last else None)
         manifests = []
         for document in audit((row.signed for row in database.read_ledger()), found):

@@ -44,7 +44,7 @@ class Audit:
 
 
 def audit(entries: Iterable[Signed], into: Audit) -> Iterator[Chained]:
-    """Check entries in order and hand each on once it holds. Raises VerificationError naming the entry that does not."""
+    """Check entries in order and hand each on once it holds. Raises VerificationError naming the one that does not."""
     for signed in entries:
         try:
             document = _check_link(signed, into)

@@ -1,6 +1,7 @@
 """Structured logs on stderr: one line an event, never keys, tokens or payloads."""
 
 import logging
+import os
 import sys
 
 import structlog
@@ -8,6 +9,7 @@ import structlog
 
 def configure_logging() -> None:
     """Console lines on a terminal, JSON lines elsewhere."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C core writes to stderr what we raise as one line
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     )

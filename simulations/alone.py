@@ -60,7 +60,7 @@ def train_alone(folder: RunFolder, num_steps: int, console: Console) -> AloneRes
     ]
     state = State.from_bytes(store.read(genesis.initial_digest), 0, genesis.num_parameters, has_momentum=False)
     started = time.monotonic()
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("the fastest worker alone, for comparison", total=num_steps)
 
         def show(step: StepReport) -> None:

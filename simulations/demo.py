@@ -169,7 +169,7 @@ def _train(demo: Demo) -> dict[str, Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=demo.console, transient=True) as progress:
+    with Progress(*columns, console=demo.console, transient=True, disable=not demo.console.is_terminal) as progress:
         task = progress.add_task("starting three workers", total=demo.spec.train.tokens)
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:

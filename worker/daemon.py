@@ -18,7 +18,7 @@ import structlog
 
 from protocol.documents import Contribution, Genesis, Invite, Lease, Manifest, Receipt
 from protocol.envelope import pack, unpack
-from protocol.errors import ConnectionFailedError, ManyhandsError
+from protocol.errors import ConnectionFailedError, ManyhandsError, VerificationError
 from protocol.exchange.fetch import Source
 from protocol.exchange.peer import PeerNode, PeerSource
 from protocol.invite import decode_invite
@@ -210,6 +210,11 @@ class Worker:
             choose_device(self.options.device),
             model_config=self.store.read(genesis.model_config_hash),
         )
+        if trainer.num_parameters != genesis.num_parameters:
+            raise VerificationError(
+                f"the run's model has {genesis.num_parameters} parameters, the one that its config gives here "
+                f"{trainer.num_parameters}"
+            )
         trainer.tune()
         return trainer
 

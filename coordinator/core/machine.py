@@ -89,14 +89,14 @@ def _advance(state: State, now_s: float) -> list[Effect]:
     if state.phase is Phase.MERGE and not wait_is_over:
         return []
     effects: list[Effect] = []
-    if wait_is_over and _count_holders(state) >= state.spec.round.min_peers:
-        digest = peers.reference_digest(state) or state.checkpoint_digest
+    enough = wait_is_over and _count_holders(state) >= state.spec.round.min_peers
+    digest = peers.reference_digest(state) if enough else None
+    if digest is not None:
         effects += peers.resync_others(state, digest)
         if _count_holders(state) >= state.spec.round.min_peers:
             return effects + rounds.open_round(state, digest, now_s)
     num_workers = sum(p.role == "worker" and p.status is not PeerStatus.GONE for p in state.peers.values())
-    enough = num_workers >= state.spec.round.min_peers
-    state.phase = Phase.WARMUP if enough else Phase.WAITING_FOR_PEERS
+    state.phase = Phase.WARMUP if num_workers >= state.spec.round.min_peers else Phase.WAITING_FOR_PEERS
     return effects
 
 
@@ -156,7 +156,7 @@ def _evaluate(state: State, event: ev.EvaluationReported, _: float) -> list[Effe
 def _pause(state: State, event: ev.PauseRequested, _: float) -> list[Effect]:
     state.paused = event.paused
     if not event.paused and state.phase is Phase.PAUSED:
-        state.phase = Phase.MERGE if state.awaited else Phase.WAITING_FOR_PEERS
+        state.phase = Phase.MERGE if state.wait_until_s is not None else Phase.WAITING_FOR_PEERS
     return []
 
 

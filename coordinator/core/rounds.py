@@ -170,22 +170,24 @@ def close_if_due(state: State, now_s: float) -> list[Effect]:
         return _close(state, round_, "every lease is settled", now_s)
     if now_s < round_.deadline_s:
         return []
+    for lease in round_.leases.values():
+        if lease.status is LeaseStatus.OPEN:
+            peer = state.peers[lease.peer]
+            leases.observe_speed(peer, lease.inner_steps, 2.0 * (now_s - lease.granted_s))
+    effects = _carry_unsettled(state, round_, "late: the payload had not arrived when the round closed")
+    return [*effects, *_close(state, round_, "deadline", now_s)]
+
+
+def _carry_unsettled(state: State, round_: Round, reason: str) -> list[Effect]:
+    """The round ends without these leases: their peers keep the work, and are told when they had committed it."""
     effects: list[Effect] = []
     for lease in round_.leases.values():
-        peer = state.peers[lease.peer]
-        if lease.status is LeaseStatus.OPEN:
-            leases.observe_speed(peer, lease.inner_steps, 2.0 * (now_s - lease.granted_s))
-        elif lease.status is LeaseStatus.COMMITTED and lease.candidate is not None:
-            late = "late: the payload had not arrived when the round closed"
-            effects.append(
-                JudgeContribution(
-                    peer=lease.peer, payload_hash=lease.candidate.payload_hash, accepted=False, reason=late
-                )
-            )
-        else:
-            continue
-        leases.close_lease(state.pool, round_, lease, carry_to=peer)
-    return [*effects, *_close(state, round_, "deadline", now_s)]
+        if lease.status is LeaseStatus.COMMITTED and lease.candidate is not None:
+            hash_ = lease.candidate.payload_hash
+            effects.append(JudgeContribution(peer=lease.peer, payload_hash=hash_, accepted=False, reason=reason))
+        if lease.status in leases.UNSETTLED:
+            leases.close_lease(state.pool, round_, lease, carry_to=state.peers[lease.peer])
+    return effects
 
 
 def _close(state: State, round_: Round, because: str, now_s: float) -> list[Effect]:
@@ -228,13 +230,14 @@ def void_round(state: State, round_: Round, reason: str) -> list[Effect]:
 
     Rounds that are void at once, because every peer hands its lease back, do not follow each other without a pause.
     """
+    effects = _carry_unsettled(state, round_, f"the round is void: {reason}")
     _free_the_away(state, round_)
     for lease in round_.leases.values():
         leases.close_lease(state.pool, round_, lease, carry_to=state.peers[lease.peer])
     state.round = None
     state.phase = Phase.WAITING_FOR_PEERS
     state.wait_until_s = round_.opened_s + state.spec.round.exchange_s
-    return [VoidRound(round=round_.index, reason=reason)]
+    return [*effects, VoidRound(round=round_.index, reason=reason)]
 
 
 def _free_the_away(state: State, round_: Round) -> None:

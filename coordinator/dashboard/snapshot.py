@@ -76,7 +76,7 @@ def describe(status: Mapping[str, Any], history: RoundHistory, now_unix_s: float
         tokens=f"{status['tokens']:,} of {status['tokens_target']:,}",
         percent=round(percent, 1),
         percent_words=f"{percent:.1f} %",
-        speed=UNKNOWN if tokens_per_s is None else f"{tokens_per_s:,.0f} tokens/s",
+        speed=UNKNOWN if tokens_per_s is None else f"{tokens_per_s:,.0f}",
         last_merge=UNKNOWN if merged_s is None else describe_age(now_unix_s - merged_s),
         train_loss=_loss(status["train_loss"]),
         held_out_loss=_loss(history.last_held_out_loss),

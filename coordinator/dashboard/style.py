@@ -4,12 +4,12 @@ CSS = """
 :root {
   color-scheme: light dark;
   --surface: #ffffff; --page: #f4f5f7; --text: #16191d; --muted: #59616b; --line: #dcdfe4; --accent: #1d63d8;
-  --train: #157f3d; --merge: #1d63d8; --wait: #9a5b00; --finished: #6d3fc4;
+  --train: #157f3d; --wait: #9a5b00; --finished: #6d3fc4;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --surface: #171b21; --page: #0e1116; --text: #e7eaee; --muted: #a0a9b4; --line: #2c333c; --accent: #6ea8fe;
-    --train: #4cc36f; --merge: #6ea8fe; --wait: #f0a93b; --finished: #b08cf5;
+    --train: #4cc36f; --wait: #f0a93b; --finished: #b08cf5;
   }
 }
 body { background: var(--page) !important; color: var(--text);
@@ -26,8 +26,7 @@ a { color: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 
 section.verdict { border-left: 6px solid var(--state); --state: var(--wait); }
-.verdict.train { --state: var(--train); }
-.verdict.merge { --state: var(--merge); }
+.verdict.train, .verdict.merge { --state: var(--train); }
 .verdict.finished { --state: var(--finished); }
 .phase { font-size: 26px; line-height: 1.25; font-weight: 700; color: var(--state); }
 dl { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)) minmax(0, 2fr); gap: 12px 24px; margin-top: 12px; }
@@ -49,10 +48,12 @@ progress::-moz-progress-bar { background: var(--accent); }
 .tooltip { background: var(--surface) !important; border-color: var(--line) !important; }
 .tooltip * { color: var(--text) !important; }
 
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { width: 100%; table-layout: fixed; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 12px 7px 0; text-align: left; font-weight: 400; border-bottom: 1px solid var(--line);
   unicode-bidi: isolate; overflow-wrap: anywhere; vertical-align: top; }
-thead th { font-size: 13px; color: var(--muted); white-space: nowrap; }
+thead th { width: 8%; font-size: 13px; color: var(--muted); white-space: nowrap; }
+thead th:nth-child(1) { width: 20%; }
+thead th:nth-child(4), thead th:nth-child(5) { width: 17%; }
 tbody th { font-weight: 600; }
 tbody tr:last-child > * { border-bottom: 0; }
 th:nth-child(n+6), td:nth-child(n+6) { text-align: right; white-space: nowrap; }
@@ -73,12 +74,13 @@ footer nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 6px; }
   .nicegui-content { padding: 12px; }
   dl { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   dl .wide { grid-column: 1 / -1; }
-  table, tbody, tr, th, td { display: block; }
+  table, tbody, th, td { display: block; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  tbody tr { padding: 10px 0; border-bottom: 1px solid var(--line); }
+  tbody tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 4px 16px; padding: 12px 0;
+    border-bottom: 1px solid var(--line); }
   tbody tr:last-child { border-bottom: 0; }
-  tbody th, tbody td { display: flex; justify-content: space-between; gap: 16px; padding: 2px 0; border: 0;
-    text-align: right; white-space: normal !important; }
-  tbody td::before { content: attr(data-label); color: var(--muted); flex: none; }
+  tbody th, tbody td { padding: 0; border: 0; text-align: left !important; white-space: normal !important; }
+  tbody th, tbody td:nth-child(4), tbody td:nth-child(5) { grid-column: 1 / -1; }
+  tbody td::before { content: attr(data-label) " "; color: var(--muted); }
 }
 """

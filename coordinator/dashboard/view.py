@@ -72,7 +72,7 @@ class View:
             self._changing("p", "phase_words", snapshot, "phase")
             self._changing("p", "reason", snapshot, "muted")
             with _box("dl"):
-                for label, name in (("Round", "round"), ("Speed", "speed"), ("Last merge", "last_merge")):
+                for label, name in (("Round", "round"), ("Tokens per second", "speed"), ("Last merge", "last_merge")):
                     with _box("div"):
                         _text("dt", label)
                         self._changing("dd", name, snapshot, name)
@@ -165,10 +165,10 @@ def _chart_options() -> dict[str, Any]:
         "tooltip": {"trigger": "axis", "className": "tooltip", "confine": True},
         "xAxis": {"type": "value", "name": "tokens", "nameLocation": "middle", "nameGap": 26, "max": "dataMax"}
         | grid_lines
-        | {"axisLabel": {"hideOverlap": True}},
+        | {"axisLabel": {"hideOverlap": True, "showMaxLabel": False}},
         "yAxis": {"type": "value", "scale": True} | grid_lines,
         "series": [
             {**line, "name": "train", "color": "#3b82f6"},
-            {**line, "name": "held-out", "color": "#f97316", "showSymbol": True, "symbolSize": 5},
+            {**line, "name": "held-out", "color": "#f97316", "showSymbol": True, "symbol": "circle", "symbolSize": 5},
         ],
     }

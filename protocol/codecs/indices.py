@@ -22,7 +22,7 @@ from protocol.codecs.bits import Reader, bytes_of_bits, pack_fields, pack_unary,
 from protocol.errors import PayloadError
 
 Indices = NDArray[np.int64]
-_TRIED_BELOW = 6
+_TRIED_BELOW = 6  # widths below the safe one that an encoder tries; indices must cluster heavily to need fewer still
 _RICE_HEADER = struct.Struct("<BI")  # pair_bits, bytes of the unary stream
 
 

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from protocol.codecs.payload import ENCODED_MAX, Vector
 from protocol.errors import PayloadError
 
-VALUES_MAX = 1 << 24  # N * M: the key has 31 bits of magnitude, a sign, and 32 for chunk and index
-
 _CACHED_VALUES = 1 << 18  # the passes over all values take so many at a time: 1 MiB, about a core's cache
 _GROUPS_A_VALUE = 4  # G / K: more groups make the bound closer, fewer make it cheaper
 _MAGNITUDE_BITS = 31
@@ -28,8 +26,8 @@ Keys = NDArray[np.int64]
 def select_largest(chunks_nm: Vector, k: int) -> tuple[NDArray[np.int64], Vector]:
     """Indices (N, K) and values (N, K), by falling magnitude.
 
-    `chunks_nm` is contiguous, M a power of two from 8, N * M at most VALUES_MAX, 1 <= K <= M. Raises PayloadError for
-    NaN, infinities, and magnitudes above ENCODED_MAX.
+    `chunks_nm` is contiguous, M a power of two from 8, N * M at most 2^31 (what a key has room for), 1 <= K <= M.
+    Raises PayloadError for NaN, infinities, and magnitudes above ENCODED_MAX.
     """
     chunk = chunks_nm.shape[1]
     index_bits = chunk.bit_length() - 1

@@ -1,0 +1,385 @@
+"""The core under any order of events: workers and a validator that join, vanish, lie and repeat themselves.
+
+Hypothesis drives `machine.handle`; what must always hold is checked after every event.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from coordinator.core import effects as fx
+from coordinator.core import events as ev
+from coordinator.core import leases, machine
+from coordinator.core.state import LeaseStatus, PeerStatus, Phase, Round, Unit, dump_state, load_state
+from protocol.signing import sha256_hex
+from tests.core_run import TOKEN, CoreRun, digest_after, outstanding
+
+WORKERS = ("ann", "bob", "cid", "dot", "eve")
+VALIDATOR = "val"
+NAMES_LIST = [*WORKERS, VALIDATOR]
+NAMES = st.sampled_from(NAMES_LIST)
+PAUSES_S = st.sampled_from([0.0, 0.0, 0.0, 0.5, 0.5, 7.0, 10_000.0])
+SPEEDS = st.sampled_from([0.0, 1e-300, 0.01, 1.0, 100.0, 1e308])
+
+
+def frozen(round_: Round) -> dict[str, Any]:
+    """What may not change while a round is open."""
+    return {
+        "index": round_.index,
+        "base": round_.base_digest,
+        "opened": round_.opened_s,
+        "deadline": round_.deadline_s,
+        "tokens_before": round_.tokens_before,
+        "leased_tokens": round_.leased_tokens,
+        "members": {name: lease.lease_id for name, lease in round_.leases.items()},
+    }
+
+
+class Core(RuleBasedStateMachine):
+    """Peers do what they like; the model remembers what was leased, committed and credited."""
+
+    @initialize(
+        min_peers=st.integers(1, 3),
+        quorum_fraction=st.sampled_from([0.0, 0.5, 1.0]),
+        shard_steps=st.sampled_from([1, 3]),
+        num_shards=st.sampled_from([1, 5, 60]),
+        tokens=st.sampled_from([400, 3_000, 1_000_000]),
+        max_weight_fraction=st.sampled_from([1.0, 0.3]),
+    )
+    def begin(self, **drawn: Any) -> None:
+        self.run = CoreRun(
+            num_shards=drawn["num_shards"],
+            data={"sequence_length": 8, "shard_steps": drawn["shard_steps"]},
+            train={"tokens": drawn["tokens"], "batch_sequences": 1},
+            round={"inner_steps": 4, **{key: drawn[key] for key in ("min_peers", "quorum_fraction")}},
+            aggregation={"max_weight_fraction": drawn["max_weight_fraction"]},
+        )
+        self.fresh = dump_state(self.run.fresh_state())
+        self.trained: dict[str, list[Unit]] = {name: [] for name in NAMES_LIST}
+        self.headers: dict[str, ev.ContributionCommitted] = {}  # the last of each peer
+        self.unjudged: set[tuple[str, str]] = set()  # (peer, payload hash) that the core took and owes a verdict
+        self.judged: set[tuple[str, str]] = set()
+        self.credited: list[Unit] = []
+        self.snapshot: tuple[int, bytes] = (0, self.fresh)
+        self.everybody_is_back(speed=1.0)
+
+    # ---- one event, and what must be true of its effects
+
+    def send(self, event: ev.Event, after_s: float = 0.0) -> None:
+        before = self.run.state.round
+        before_frozen = frozen(before) if before else None
+        self.run.send(ev.load_event(ev.dump_event(event)), after_s)
+        self.check_rounds(before, before_frozen)
+        for effect in self.run.effects:
+            self.take(effect)
+        if not isinstance(event, ev.CoordinatorRestarted):
+            self.check_phase_is_announced()
+
+    def check_rounds(self, before: Round | None, before_frozen: dict[str, Any] | None) -> None:
+        after = self.run.state.round
+        ends = [effect for effect in self.run.effects if isinstance(effect, (fx.CloseRound, fx.VoidRound))]
+        if before is not None and after is before:
+            assert not ends
+            assert frozen(before) == before_frozen
+            assert self.run.now_s < before.deadline_s, "a round outlived its deadline"
+        elif before is not None:
+            assert [end.round for end in ends] == [before.index]
+        else:
+            assert not ends
+        grants = {grant.peer: grant for grant in self.run.find(fx.GrantLease)}
+        if after is not None and after is not before:
+            self.check_opening(after, grants)
+        else:
+            assert not grants
+
+    def check_opening(self, round_: Round, grants: dict[str, fx.GrantLease]) -> None:
+        state, spec = self.run.state, self.run.spec
+        holders = [name for name in state.reports if state.peers[name].role == "worker"]
+        assert not state.paused
+        assert len(holders) >= spec.round.min_peers
+        assert set(state.reports.values()) == {round_.base_digest}
+        assert set(grants) == set(round_.leases) <= set(holders)
+        assert all(grant.units == tuple(round_.leases[name].units) for name, grant in grants.items())
+        assert all(0 < len(grant.units) <= leases.MAX_UNITS for grant in grants.values())
+        num_leased = sum(len(grant.units) for grant in grants.values())
+        assert round_.leased_tokens == num_leased * spec.shard_tokens
+        assert 0 <= (num_leased - 1) * spec.shard_tokens < spec.train.tokens - state.tokens_credited
+        assert round_.deadline_s <= self.run.now_s + 100 * leases.MAX_EXPECTED_S
+
+    def take(self, effect: fx.Effect) -> None:
+        """Keep the books, from the effects alone."""
+        match effect:
+            case fx.GrantLease():
+                self.trained[effect.peer] = [*self.trained[effect.peer], *effect.units][-50:]
+            case fx.CheckPayload():
+                self.unjudged |= {(effect.peer, effect.payload_hash)} - self.judged
+            case fx.JudgeContribution():
+                self.judged.add((effect.peer, effect.payload_hash))
+                self.unjudged -= self.judged
+            case fx.CloseRound():
+                assert [(c.payload_hash, c.peer) for c in effect.credits] == sorted(
+                    (c.payload_hash, c.peer) for c in effect.credits
+                )
+                for credit in effect.credits:
+                    assert credit.tokens == len(credit.units) * self.run.spec.shard_tokens > 0
+                    assert 0.0 < credit.weight <= credit.tokens
+                    assert 0.0 < credit.clip <= 1.0
+                    self.credited += credit.units
+                assert effect.credits
+                assert effect.divisor == sum(credit.weight for credit in effect.credits)
+                assert effect.tokens_after == len(self.credited) * self.run.spec.shard_tokens
+            case _:
+                pass
+
+    def check_phase_is_announced(self) -> None:
+        announced = self.run.find(fx.AnnouncePhase)
+        assert len(announced) <= 1
+        assert all(effect.phase is self.run.state.phase and effect.reason for effect in announced)
+
+    # ---- what peers do
+
+    @rule(name=NAMES, after_s=PAUSES_S, which=st.sampled_from(["none", "held", "held", "other"]))
+    def join(self, name: str, after_s: float, which: str) -> None:
+        held = self.run.granted.get(name)
+        lease_id = {"none": None, "held": held.lease_id if held else None, "other": 77}[which]
+        role = "validator" if name == VALIDATOR else "worker"
+        self.send(ev.PeerJoined(peer=name, name=name, device="", role=role, token_id=TOKEN, lease_id=lease_id), after_s)
+        if which == "none":
+            self.trained[name] = []
+
+    @rule(name=NAMES)
+    def leave(self, name: str) -> None:
+        self.send(ev.PeerLeft(peer=name, reason="gone"))
+
+    @rule(name=NAMES, speed=SPEEDS, shift=st.sampled_from([0, 0, 0, -1, 1, 2**60]), right=st.sampled_from([1, 1, 1, 0]))
+    def report(self, name: str, speed: float, shift: int, right: int) -> None:
+        round_ = max(0, self.run.state.rounds_merged + shift)
+        digest = digest_after(round_) if right else sha256_hex(b"wrong")
+        self.send(ev.StateReported(peer=name, round=round_, digest=digest, claimed_steps_per_s=speed))
+
+    @rule(speed=SPEEDS)
+    def everybody_is_back(self, speed: float) -> None:
+        """Who is gone joins again, and all workers report the right state."""
+        for name in WORKERS:
+            peer = self.run.state.peers.get(name)
+            if peer is None or peer.status is PeerStatus.GONE:
+                self.join(name=name, after_s=0.0, which="held")
+            self.report(name=name, speed=speed, shift=0, right=1)
+
+    def header(self, name: str, units: Sequence[Unit], **changes: Any) -> ev.ContributionCommitted:
+        held = self.run.granted[name]
+        content = sha256_hex(repr((name, held.lease_id, units, len(self.run.journal))).encode())
+        fields: dict[str, Any] = {
+            "lease_id": held.lease_id,
+            "base_digest": held.base_digest,
+            "tokens": len(units) * self.run.spec.shard_tokens,
+            **changes,
+        }
+        self.headers[name] = ev.ContributionCommitted(
+            peer=name,
+            units=tuple(units),
+            inner_steps=10**9,
+            mean_loss=2.0,
+            codec="float32",
+            contribution_hash=content,
+            payload_hash=sha256_hex(content.encode()),
+            payload_bytes=10,
+            **fields,
+        )
+        return self.headers[name]
+
+    def names_with(self, *statuses: LeaseStatus) -> list[str]:
+        """Peers whose lease of the open round has one of these statuses."""
+        round_ = self.run.state.round
+        return [name for name, lease in round_.leases.items() if lease.status in statuses] if round_ else []
+
+    @precondition(lambda self: self.names_with(LeaseStatus.OPEN))
+    @rule(data=st.data(), after_s=PAUSES_S, with_carried=st.booleans())
+    def commit(self, data: st.DataObject, after_s: float, with_carried: bool) -> None:
+        name = data.draw(st.sampled_from(self.names_with(LeaseStatus.OPEN)))
+        units = list(self.run.granted[name].units)
+        units = units[: data.draw(st.integers(1, len(units)))]
+        if with_carried:
+            units += [unit for unit in self.trained[name] if unit not in units]
+        self.send(self.header(name, units), after_s)
+
+    @precondition(lambda self: self.run.granted)
+    @rule(data=st.data(), fault=st.sampled_from(["nothing", "lease", "base", "doubled", "tokens", "foreign", "many"]))
+    def commit_wrongly(self, data: st.DataObject, fault: str) -> None:
+        name = data.draw(st.sampled_from(sorted(self.run.granted)))
+        held = self.run.granted[name]
+        foreign = [unit for other in self.run.granted.values() if other.peer != name for unit in other.units]
+        tokens = (len(held.units) + 1) * self.run.spec.shard_tokens
+        header = {
+            "nothing": lambda: self.header(name, foreign),
+            "lease": lambda: self.header(name, held.units, lease_id=held.lease_id + 1),
+            "base": lambda: self.header(name, held.units, base_digest=sha256_hex(b"other")),
+            "doubled": lambda: self.header(name, [*held.units, held.units[0]]),
+            "tokens": lambda: self.header(name, held.units, tokens=tokens),
+            "foreign": lambda: self.header(name, [*held.units, *set(foreign).difference(held.units)]),
+            "many": lambda: self.header(name, [*held.units, *((9, i) for i in range(2 * leases.MAX_UNITS))]),
+        }[fault]()
+        self.send(header)
+        if fault != "foreign":
+            assert not self.run.find(fx.CheckPayload)
+
+    @precondition(lambda self: self.headers)
+    @rule(data=st.data())
+    def send_header_again(self, data: st.DataObject) -> None:
+        self.send(self.headers[data.draw(st.sampled_from(sorted(self.headers)))])
+
+    @precondition(lambda self: self.names_with(LeaseStatus.COMMITTED))
+    @rule(data=st.data(), refused=st.sampled_from(["", "", "not a payload"]), norm=st.sampled_from([0.0, 1.0, 1e30]))
+    def check(self, data: st.DataObject, refused: str, norm: float) -> None:
+        name = data.draw(st.sampled_from(self.names_with(LeaseStatus.COMMITTED)))
+        hash_ = self.headers[name].payload_hash
+        self.send(ev.PayloadChecked(peer=name, payload_hash=hash_, norm=norm, refused_because=refused))
+
+    @precondition(lambda self: self.headers)
+    @rule(data=st.data(), known=st.booleans())
+    def check_at_the_wrong_time(self, data: st.DataObject, known: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.headers)))
+        hash_ = self.headers[name].payload_hash if known else sha256_hex(b"unknown")
+        self.send(ev.PayloadChecked(peer=name, payload_hash=hash_, norm=1.0))
+
+    @precondition(lambda self: self.names_with(LeaseStatus.OPEN))
+    @rule(but=st.sampled_from(["", "", "", "ann", "cid"]), merge=st.booleans())
+    def almost_all_contribute(self, but: str, merge: bool) -> None:
+        for name in self.names_with(LeaseStatus.OPEN):
+            if name != but:
+                self.send(self.header(name, self.run.granted[name].units), after_s=1.0)
+                self.send(ev.PayloadChecked(peer=name, payload_hash=self.headers[name].payload_hash, norm=1.0))
+        if merge:
+            self.everybody_is_back(speed=1.0)
+
+    @precondition(lambda self: self.run.granted)
+    @rule(data=st.data())
+    def return_lease(self, data: st.DataObject) -> None:
+        held = self.run.granted[data.draw(st.sampled_from(sorted(self.run.granted)))]
+        shift = data.draw(st.sampled_from([0, 0, 1]))
+        self.send(ev.LeaseReturned(peer=held.peer, lease_id=held.lease_id + shift, reason="full"))
+
+    @rule(back=st.integers(0, 3), right=st.booleans(), checkpoint=st.booleans())
+    def evaluate(self, back: int, right: bool, checkpoint: bool) -> None:
+        round_ = max(0, self.run.state.rounds_merged + 1 - back)
+        checkpoints = self.run.state.checkpoint_round
+        self.send(
+            ev.EvaluationReported(
+                peer=VALIDATOR,
+                round=round_,
+                digest=digest_after(round_) if right else sha256_hex(b"wrong"),
+                held_out_loss=2.0,
+                checkpoint=checkpoint and right,
+                report_hash=sha256_hex(b"report"),
+            )
+        )
+        assert checkpoints <= self.run.state.checkpoint_round <= self.run.state.rounds_merged
+
+    # ---- what the coordinator does
+
+    @rule(share=st.sampled_from([0.1, 0.5, 0.9, 1.0, 3.0]), spare_s=PAUSES_S)
+    def fire_timer(self, share: float, spare_s: float) -> None:
+        """The shell's timer: on time, too early, too late, or when nothing waits for it."""
+        deadline_s = machine.next_deadline(self.run.state)
+        self.send(ev.TimerFired(), spare_s if deadline_s is None else share * (deadline_s - self.run.now_s))
+
+    @rule(kind=st.sampled_from(["pause", "resume", "resume", "restart", "revoke", "issue", "snapshot", "snapshot"]))
+    def operate(self, kind: str) -> None:
+        match kind:
+            case "pause" | "resume":
+                self.send(ev.PauseRequested(paused=kind == "pause"))
+            case "restart":
+                self.send(ev.CoordinatorRestarted())
+            case "revoke":
+                self.send(ev.InviteRevoked(token_id="another"))
+            case "issue":
+                self.send(ev.InviteIssued(token_id="another", uses=1))
+            case _:
+                self.snapshot = (len(self.run.journal), dump_state(self.run.state))
+
+    # ---- what always holds
+
+    @invariant()
+    def every_unit_is_in_one_place(self) -> None:
+        pool = self.run.state.pool
+        everywhere = Counter([*outstanding(self.run.state), *self.credited])
+        assert max(everywhere.values(), default=1) == 1, "a shard is in two places, or credited twice in its pass"
+        ahead = leases.take_units(replace(pool, returned=[]), pool.num_shards - pool.cursor)
+        issued = {(pass_, i) for pass_ in range(pool.pass_index + 1) for i in range(pool.num_shards)} - set(ahead)
+        assert set(everywhere) == issued, "a shard was lost"
+
+    @invariant()
+    def credit_adds_up(self) -> None:
+        state = self.run.state
+        assert state.tokens_credited == len(self.credited) * self.run.spec.shard_tokens
+        assert state.tokens_credited == sum(peer.credited_tokens for peer in state.peers.values())
+        assert len(self.credited) == sum(peer.credited_shards for peer in state.peers.values())
+        assert state.rounds_merged == len(self.run.closed)
+        assert [closed.round for closed in self.run.closed] == list(range(state.rounds_merged))
+
+    @invariant()
+    def the_next_deadline_is_ahead(self) -> None:
+        deadline_s = machine.next_deadline(self.run.state)
+        assert deadline_s is None or deadline_s > self.run.now_s, "the shell would spin"
+
+    @invariant()
+    def nobody_waits_for_nothing(self) -> None:
+        """A run that could go on is either going on or has a deadline at which it will."""
+        state = self.run.state
+        holders = sum(state.peers[name].role == "worker" for name in state.reports)
+        if state.round is None and not state.paused and holders >= self.run.spec.round.min_peers:
+            assert state.phase is Phase.FINISHED or machine.next_deadline(state) is not None
+
+    @invariant()
+    def phases_and_statuses_agree(self) -> None:
+        state = self.run.state
+        assert (state.phase is Phase.TRAIN) == (state.round is not None)
+        assert (state.phase is Phase.FINISHED) == (state.tokens_credited >= self.run.spec.train.tokens)
+        assert not (state.phase is Phase.PAUSED and not state.paused)
+        ready = {name for name, peer in state.peers.items() if peer.status is PeerStatus.READY}
+        assert ready == {*state.reports, *state.awaited}
+        assert not set(state.reports) & set(state.awaited)
+        if state.round is not None:
+            assert set(state.reports.values()) <= {state.round.base_digest}
+            assert not state.awaited
+            waiting = (LeaseStatus.OPEN, LeaseStatus.COMMITTED)
+            unsettled = [lease for lease in state.round.leases.values() if lease.status in waiting]
+            assert state.round.unsettled == len(unsettled) > 0
+
+    @invariant()
+    def what_is_committed_is_judged(self) -> None:
+        checks = {(check.peer, check.payload_hash) for check in machine.pending_checks(self.run.state)}
+        assert checks == self.unjudged
+
+    @invariant()
+    def the_state_survives_being_written_down(self) -> None:
+        assert load_state(dump_state(self.run.state)) == self.run.state
+
+    def teardown(self) -> None:
+        """The journal, from the beginning and from a snapshot, gives the same effects and the same state."""
+        if not hasattr(self, "run"):
+            return
+        for start, snapshot in ((0, self.fresh), self.snapshot):
+            state = load_state(snapshot)
+            for (now_s, event), effects in list(zip(self.run.journal, self.run.trace, strict=True))[start:]:
+                assert machine.handle(state, ev.load_event(event), now_s) == effects
+            assert state == self.run.state
+            assert dump_state(state) == dump_state(self.run.state)
+
+
+@pytest.mark.timeout(300)
+def test_core_holds_its_invariants_under_any_order_of_events() -> None:
+    run_state_machine_as_test(Core, settings=settings(max_examples=60, stateful_step_count=60))
