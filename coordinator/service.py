@@ -157,6 +157,7 @@ class CoordinatorService(CoordinatorServiceServicer):
                     checkpoint_round=state.checkpoint_round,
                     checkpoint_digest=state.checkpoint_digest,
                     heartbeat_every_s=self._run.spec.round.heartbeat_timeout_s / 5,
+                    state_sources=self._sessions.find_state_sources(session.peer),
                 )
             )
         if not decided.done():

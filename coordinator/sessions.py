@@ -4,6 +4,7 @@ A peer that does not read is cut off when its outbox is full, so that it cannot 
 """
 
 import asyncio
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
@@ -21,6 +22,7 @@ from protocol.wire import coordinator_pb2 as pb
 
 log = structlog.get_logger()
 OUTBOX_MESSAGES = 1_000
+MAX_STATE_SOURCES = 4
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,6 +90,12 @@ class Sessions:
 
     def find_by_token(self, token: str) -> PeerSession | None:
         return self._by_token.get(token)
+
+    def find_state_sources(self, joiner: str) -> list[pb.PeerAddress]:
+        """Some connected workers that can be dialled: each kept its state when the last checkpoint was due."""
+        dialable = [s for s in self._by_peer.values() if s.addresses and s.role == "worker" and s.peer != joiner]
+        chosen = random.sample(dialable, min(MAX_STATE_SOURCES, len(dialable)))  # so that joiners spread
+        return [pb.PeerAddress(peer=session.peer, addresses=session.addresses) for session in chosen]
 
     def connected(self) -> list[PeerSession]:
         return list(self._by_peer.values())

@@ -82,7 +82,9 @@ class ExchangeSpec(Section):
     """What is sent."""
 
     codec: str = Field("float16", description="float16, float32, int8, int4, sign, sparse …")
-    codec_options: dict[str, int | float] = Field(default_factory=dict, description="k and chunk for sparse, block for the others")
+    codec_options: dict[str, int | float] = Field(
+        default_factory=dict, description="k and chunk for sparse, block for the others"
+    )
     error_feedback_decay: Fraction = Field(1.0, description="beta in e <- beta e + delta")
 
 

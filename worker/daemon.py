@@ -33,7 +33,6 @@ from worker.trainer import StepReport, Trainer
 
 log = structlog.get_logger()
 MAX_STORE_BYTES = 4 << 30
-PRUNE_EVERY_ROUNDS = 50
 MAX_CONFIG_BYTES = 1 << 20
 BENCHMARK_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
@@ -98,6 +97,7 @@ class Worker:
         self._sending = False
         self._finished = False
         self._bytes_pushed = 0
+        self._kept_state = ""
         self._reveal: asyncio.Future[bool] | None = None  # whether the header that was just sent is committed
         self._link: CoordinatorLink
         self._linked = asyncio.Event()
@@ -317,11 +317,20 @@ class Worker:
         self._show("merging")
         await self._follower.apply_notice(notice, manifest, link)
         self._report_state(link)
-        if manifest.round % PRUNE_EVERY_ROUNDS == 0:
-            await asyncio.to_thread(self.store.prune, set(), MAX_STORE_BYTES)
+        await asyncio.to_thread(self._tidy_store, link.genesis.spec.checkpoint.every_rounds)
         if manifest.tokens_after >= link.genesis.spec.train.tokens:
             self._send_heartbeat(link)
             self._finished = True
+
+    def _tidy_store(self, checkpoint_every_rounds: int) -> None:
+        """Keep the state of each checkpoint round, for joiners that ask this peer, and drop what is old."""
+        state = self._follower.state
+        if state is None or state.round % checkpoint_every_rounds:
+            return
+        if self._kept_state and self._kept_state != state.digest:
+            self.store.remove(self._kept_state)
+        self._kept_state = self.store.put(state.to_bytes())
+        self.store.prune({self._kept_state}, MAX_STORE_BYTES)
 
     async def _end_work(self) -> None:
         """Stop the lease that is worked on, after its current inner step; what was computed stays for the next."""

@@ -82,7 +82,9 @@ class Follower:
         has_momentum = genesis.spec.outer.momentum > 0.0 and round_ > 0
         size = state_bytes_size(genesis.num_parameters, has_momentum)
         log.info("fetching the state", round=round_, megabytes=round(size / 1e6, 1))
-        await fetch_blob(self._store, digest, size, [link], on_failure=_log_failure)
+        peers = [self._make_source(s.peer, s.addresses) for s in link.welcome.state_sources if self._make_source]
+        sources = [*(source for source in peers if source is not None), link]
+        await fetch_blob(self._store, digest, size, sources, on_failure=_log_failure)
         data = await asyncio.to_thread(self._store.read, digest)
         return State.from_bytes(data, round_, genesis.num_parameters, has_momentum)
 

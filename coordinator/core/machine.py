@@ -104,7 +104,7 @@ def _end_wait(state: State, now_s: float) -> bool:
     """Whether the next round may open: everybody who held the last state holds the new one, or time is up."""
     if state.wait_until_s is None:
         return True
-    if now_s < state.wait_until_s and (state.phase is not Phase.MERGE or state.awaited or _is_undecided(state)):
+    if now_s < state.wait_until_s and (state.phase is not Phase.MERGE or _is_merging(state)):
         return False
     for peer_id in state.awaited:
         state.peers[peer_id].status = PeerStatus.SYNCING
@@ -113,14 +113,11 @@ def _end_wait(state: State, now_s: float) -> bool:
     return True
 
 
-def _is_undecided(state: State) -> bool:
-    """The workers disagree, and the validator has not said which state is the right one."""
-    if len(set(state.reports.values())) < 2:
-        return False
-    return any(
-        peer.role == "validator" and peer.status is not PeerStatus.GONE and peer_id not in state.reports
-        for peer_id, peer in state.peers.items()
-    )
+def _is_merging(state: State) -> bool:
+    """Whether a worker is awaited; or the validator, when the workers disagree about the new state."""
+    if any(state.peers[peer_id].role == "worker" for peer_id in state.awaited):
+        return True
+    return bool(state.awaited) and len(set(state.reports.values())) > 1
 
 
 # ---- one function an event; those about peers are in peers.py

@@ -208,7 +208,7 @@ def _close(state: State, round_: Round, because: str, now_s: float) -> list[Effe
     state.rounds_merged += 1
     state.round = None
     state.phase = Phase.MERGE
-    state.awaited = {peer_id: None for peer_id in state.reports if state.peers[peer_id].role == "worker"}
+    state.awaited = dict.fromkeys(state.reports)
     state.reports = {}
     state.wait_until_s = now_s + state.spec.round.merge_timeout_s
     return [

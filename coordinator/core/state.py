@@ -130,8 +130,8 @@ class State:
     peers: dict[str, Peer] = field(default_factory=dict)
     invites: dict[str, InviteRecord] = field(default_factory=dict)
     reports: dict[str, str] = field(default_factory=dict)  # peer -> digest after `rounds_merged` rounds
-    awaited: dict[str, None] = field(default_factory=dict)  # workers that held the last state and have not merged yet
-    wait_until_s: float | None = None  # the next round opens no sooner, unless nobody is awaited any more
+    awaited: dict[str, None] = field(default_factory=dict)  # peers that held the last state and have not merged yet
+    wait_until_s: float | None = None  # the next round opens no sooner, unless no worker is awaited any more
     checkpoint_round: int = 0
     checkpoint_digest: str = ""
 

@@ -58,6 +58,7 @@ tbody th { font-weight: 600; }
 tbody tr:last-child > * { border-bottom: 0; }
 th:nth-child(n+6), td:nth-child(n+6) { text-align: right; white-space: nowrap; }
 th:last-child, td:last-child { padding-right: 0; }
+tbody td:nth-child(4), tbody td:nth-child(5) { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 tr.gone { opacity: 0.6; }
 
 code { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
@@ -72,14 +73,15 @@ footer nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 6px; }
 
 @media (max-width: 760px) {
   .nicegui-content { padding: 12px; }
-  dl { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  dl { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 12px; }
+  dd { font-size: 16px; }
   dl .wide { grid-column: 1 / -1; }
   table, tbody, th, td { display: block; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   tbody tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 4px 16px; padding: 12px 0;
     border-bottom: 1px solid var(--line); }
   tbody tr:last-child { border-bottom: 0; }
-  tbody th, tbody td { padding: 0; border: 0; text-align: left !important; white-space: normal !important; }
+  tbody th, tbody td { padding: 0; border: 0; text-align: left !important; }
   tbody th, tbody td:nth-child(4), tbody td:nth-child(5) { grid-column: 1 / -1; }
   tbody td::before { content: attr(data-label) " "; color: var(--muted); }
 }

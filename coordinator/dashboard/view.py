@@ -72,7 +72,7 @@ class View:
             self._changing("p", "phase_words", snapshot, "phase")
             self._changing("p", "reason", snapshot, "muted")
             with _box("dl"):
-                for label, name in (("Round", "round"), ("Tokens per second", "speed"), ("Last merge", "last_merge")):
+                for label, name in (("Round", "round"), ("Tokens/s", "speed"), ("Last merge", "last_merge")):
                     with _box("div"):
                         _text("dt", label)
                         self._changing("dd", name, snapshot, name)
@@ -161,7 +161,7 @@ def _chart_options() -> dict[str, Any]:
     grid_lines = {"splitLine": {"lineStyle": {"color": "#8883"}}, "axisLine": {"lineStyle": {"color": "#8886"}}}
     return {
         "animation": False,
-        "grid": {"left": 8, "right": 16, "top": 12, "bottom": 28, "containLabel": True},
+        "grid": {"left": 8, "right": 24, "top": 12, "bottom": 28, "containLabel": True},
         "tooltip": {"trigger": "axis", "className": "tooltip", "confine": True},
         "xAxis": {"type": "value", "name": "tokens", "nameLocation": "middle", "nameGap": 26, "max": "dataMax"}
         | grid_lines

@@ -297,6 +297,7 @@ class Welcome(_message.Message):
     CHECKPOINT_ROUND_FIELD_NUMBER: _builtins.int
     CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
     HEARTBEAT_EVERY_S_FIELD_NUMBER: _builtins.int
+    STATE_SOURCES_FIELD_NUMBER: _builtins.int
     session_token: _builtins.str
     round: _builtins.int
     """rounds merged so far"""
@@ -309,6 +310,10 @@ class Welcome(_message.Message):
     heartbeat_every_s: _builtins.float
     @_builtins.property
     def genesis(self) -> Global___SignedDocument: ...
+    @_builtins.property
+    def state_sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerAddress]:
+        """peers that may have that state too"""
+
     def __init__(
         self,
         *,
@@ -319,14 +324,38 @@ class Welcome(_message.Message):
         checkpoint_round: _builtins.int = ...,
         checkpoint_digest: _builtins.str = ...,
         heartbeat_every_s: _builtins.float = ...,
+        state_sources: _abc.Iterable[Global___PeerAddress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["genesis", b"genesis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_digest", b"checkpoint_digest", "checkpoint_round", b"checkpoint_round", "genesis", b"genesis", "heartbeat_every_s", b"heartbeat_every_s", "round", b"round", "session_token", b"session_token", "state_digest", b"state_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_digest", b"checkpoint_digest", "checkpoint_round", b"checkpoint_round", "genesis", b"genesis", "heartbeat_every_s", b"heartbeat_every_s", "round", b"round", "session_token", b"session_token", "state_digest", b"state_digest", "state_sources", b"state_sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class PeerAddress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "peer", b"peer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerAddress: _TypeAlias = PeerAddress  # noqa: Y015
 
 @_typing.final
 class Refused(_message.Message):

@@ -56,7 +56,7 @@ class Core(RuleBasedStateMachine):
         quorum_fraction=st.sampled_from([0.0, 0.5, 1.0]),
         shard_steps=st.sampled_from([1, 3]),
         num_shards=st.sampled_from([1, 5, 60]),
-        tokens=st.sampled_from([400, 3_000, 1_000_000]),
+        tokens=st.sampled_from([200, 1_000, 1_000_000]),
         max_weight_fraction=st.sampled_from([1.0, 0.3]),
     )
     def begin(self, **drawn: Any) -> None:
@@ -74,7 +74,7 @@ class Core(RuleBasedStateMachine):
         self.judged: set[tuple[str, str]] = set()
         self.credited: list[Unit] = []
         self.snapshot: tuple[int, bytes] = (0, self.fresh)
-        self.everybody_is_back(speed=1.0)
+        self.come_back(names=WORKERS, speed=1.0, right=1)
 
     # ---- one event, and what must be true of its effects
 
@@ -170,14 +170,14 @@ class Core(RuleBasedStateMachine):
         digest = digest_after(round_) if right else sha256_hex(b"wrong")
         self.send(ev.StateReported(peer=name, round=round_, digest=digest, claimed_steps_per_s=speed))
 
-    @rule(speed=SPEEDS)
-    def everybody_is_back(self, speed: float) -> None:
-        """Who is gone joins again, and all workers report the right state."""
-        for name in WORKERS:
+    @rule(speed=SPEEDS, right=st.sampled_from([1, 1, 1, 1, 0]), names=st.sampled_from([WORKERS, WORKERS, (VALIDATOR,)]))
+    def come_back(self, names: Sequence[str], speed: float, right: int) -> None:
+        """Who is gone joins again, and all of `names` report one state."""
+        for name in names:
             peer = self.run.state.peers.get(name)
             if peer is None or peer.status is PeerStatus.GONE:
                 self.join(name=name, after_s=0.0, which="held")
-            self.report(name=name, speed=speed, shift=0, right=1)
+            self.report(name=name, speed=speed, shift=0, right=right)
 
     def header(self, name: str, units: Sequence[Unit], **changes: Any) -> ev.ContributionCommitted:
         held = self.run.granted[name]
@@ -221,15 +221,15 @@ class Core(RuleBasedStateMachine):
     def commit_wrongly(self, data: st.DataObject, fault: str) -> None:
         name = data.draw(st.sampled_from(sorted(self.run.granted)))
         held = self.run.granted[name]
-        foreign = [unit for other in self.run.granted.values() if other.peer != name for unit in other.units]
+        foreign = sorted({unit for other in self.run.granted.values() for unit in other.units}.difference(held.units))
         tokens = (len(held.units) + 1) * self.run.spec.shard_tokens
         header = {
             "nothing": lambda: self.header(name, foreign),
-            "lease": lambda: self.header(name, held.units, lease_id=held.lease_id + 1),
+            "lease": lambda: self.header(name, held.units, lease_id=held.lease_id + 10**6),
             "base": lambda: self.header(name, held.units, base_digest=sha256_hex(b"other")),
             "doubled": lambda: self.header(name, [*held.units, held.units[0]]),
             "tokens": lambda: self.header(name, held.units, tokens=tokens),
-            "foreign": lambda: self.header(name, [*held.units, *set(foreign).difference(held.units)]),
+            "foreign": lambda: self.header(name, [*held.units, *foreign]),
             "many": lambda: self.header(name, [*held.units, *((9, i) for i in range(2 * leases.MAX_UNITS))]),
         }[fault]()
         self.send(header)
@@ -263,7 +263,9 @@ class Core(RuleBasedStateMachine):
                 self.send(self.header(name, self.run.granted[name].units), after_s=1.0)
                 self.send(ev.PayloadChecked(peer=name, payload_hash=self.headers[name].payload_hash, norm=1.0))
         if merge:
-            self.everybody_is_back(speed=1.0)
+            if self.names_with(LeaseStatus.OPEN):
+                self.fire_timer(share=1.0, spare_s=0.0)
+            self.come_back(names=WORKERS, speed=1.0, right=1)
 
     @precondition(lambda self: self.run.granted)
     @rule(data=st.data())
