@@ -187,6 +187,7 @@ class CoordinatorService(CoordinatorServiceServicer):
     def _take(self, message: pb.PeerMessage, session: PeerSession) -> None:
         match message.WhichOneof("message"):
             case "heartbeat":
+                _limited(message.heartbeat.activity, 200)
                 session.heartbeat = message.heartbeat
             case "contribution":
                 self._take_contribution(unpack(message.contribution), session)

@@ -25,11 +25,11 @@ class ModelSpec(Section):
     architecture: str = Field("llama", description="a transformers model type: llama, gpt2, qwen3, mistral …")
     config: dict[str, Any] = Field(
         default_factory=lambda: {
-            "hidden_size": 128,
-            "intermediate_size": 352,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
             "tie_word_embeddings": False,
         },
         description="fields of that type's config; vocab_size comes from the tokenizer",
@@ -55,8 +55,8 @@ class TrainSpec(Section):
 
     tokens: Annotated[int, Field(ge=1)] = Field(4_000_000, description="the run ends when so many are credited")
     batch_sequences: Annotated[int, Field(ge=1, le=1 << 16)] = Field(8, description="sequences in one inner step")
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: Positive = 2e-3
+    optimizer: Literal["adamw", "muon"] = Field("muon", description="adamw wants about half the learning rate")
+    learning_rate: Positive = 8e-3
     final_learning_rate_fraction: Fraction = 0.1
     warmup_fraction: Fraction = Field(0.02, description="share of the run's tokens over which the rate rises")
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
@@ -67,7 +67,7 @@ class TrainSpec(Section):
 class RoundSpec(Section):
     """How a round opens and closes."""
 
-    inner_steps: Annotated[int, Field(ge=1, le=100_000)] = Field(10, description="H of a peer of median speed")
+    inner_steps: Annotated[int, Field(ge=1, le=100_000)] = Field(20, description="H of a peer of median speed")
     min_peers: Annotated[int, Field(ge=1)] = Field(1, description="ready peers needed to open a round")
     quorum_fraction: Fraction = Field(0.0, description="share of the leased weight below which a round is void")
     deadline_factor: Annotated[float, Field(ge=1.0, le=100.0)] = Field(
@@ -81,7 +81,7 @@ class RoundSpec(Section):
 class ExchangeSpec(Section):
     """What is sent."""
 
-    codec: str = Field("float16", description="float16, float32, int8, int4, sign, sparse …")
+    codec: str = Field("int2", description="float32, float16, int8, int4, int2, sign or sparse")
     codec_options: dict[str, int | float] = Field(
         default_factory=dict, description="k and chunk for sparse, block for the others"
     )
@@ -91,9 +91,17 @@ class ExchangeSpec(Section):
 class OuterSpec(Section):
     """The outer step."""
 
-    optimizer: Literal["average", "nesterov", "sgd"] = "average"
-    learning_rate: Positive = 1.0
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    optimizer: Literal["average", "nesterov", "sgd"] = Field("nesterov", description="average takes no parameters")
+    learning_rate: Positive = 0.7
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.5, description="0.9 for rounds of hundreds of steps")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_average(cls, table: Any) -> Any:
+        """`average` alone is complete: what belongs to the other optimizers' defaults is not meant."""
+        if isinstance(table, dict) and table.get("optimizer") == "average":
+            return {"learning_rate": 1.0, "momentum": 0.0} | table
+        return table
 
 
 class AggregationSpec(Section):

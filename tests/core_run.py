@@ -87,6 +87,14 @@ class CoreRun:
 
     # ---- what peers do
 
+    def start(self, *names: str) -> None:
+        """Workers join, and the first round opens with all of them."""
+        self.send(ev.PauseRequested(paused=True))
+        self.join(*names)
+        self.report(*names)
+        self.send(ev.PauseRequested(paused=False))
+        assert set(self.num_leased()) == set(names)
+
     def join(self, *names: str, role: str = "worker", token_id: str = TOKEN, lease_id: int | None = None) -> None:
         for name in names:
             self.send(ev.PeerJoined(peer=name, name=name, device="", role=role, token_id=token_id, lease_id=lease_id))
@@ -126,8 +134,9 @@ class CoreRun:
     def check(self, name: str, payload_hash: str, refused_because: str = "", norm: float = 1.0) -> None:
         self.send(ev.PayloadChecked(peer=name, payload_hash=payload_hash, norm=norm, refused_because=refused_because))
 
-    def contribute(self, *names: str, units: Sequence[Unit] | None = None) -> None:
-        """Commit and reveal, at the same moment."""
+    def contribute(self, *names: str, units: Sequence[Unit] | None = None, after_s: float = 10.0) -> None:
+        """Each commits and reveals, `after_s` seconds from now: one step a second, when ten were leased."""
+        self.now_s += after_s
         for name in names:
             self.check(name, self.commit(name, units=units).payload_hash)
 
@@ -157,7 +166,7 @@ class CoreRun:
         for moment_s, name, units in sorted(moments):
             if units:
                 self.now_s = moment_s
-                self.contribute(name, units=units)
+                self.contribute(name, units=units, after_s=0.0)
         if self.state.round is round_:
             self.wait_for_deadline()
         self.report(*[name for name in true_steps_per_s if name in self.state.peers])

@@ -16,18 +16,18 @@ from importlib.metadata import version
 
 import structlog
 
-from protocol.documents import Contribution, Genesis, Invite, Lease, Manifest, Receipt
-from protocol.envelope import pack, unpack
-from protocol.errors import ConnectionFailedError, ManyhandsError, VerificationError
+from protocol.documents import Genesis, Invite, Lease, Manifest, Receipt
+from protocol.envelope import unpack
+from protocol.errors import ConnectionFailedError, ManyhandsError, UnavailableError, VerificationError
 from protocol.exchange.fetch import Source
 from protocol.exchange.peer import PeerNode, PeerSource
 from protocol.invite import decode_invite
-from protocol.signing import Signed
 from protocol.wire import coordinator_pb2 as pb
 from worker.contributor import Contributor
 from worker.device import choose_device, describe_device
 from worker.follower import Follower
 from worker.home import RunHome
+from worker.lease_work import LeaseWork
 from worker.link import CoordinatorLink, Introduction
 from worker.trainer import StepReport, Trainer
 
@@ -90,23 +90,15 @@ class Worker:
         self.status = WorkerStatus(name=self.options.name, peer=self.identity.peer_id)
         self._invite: Invite
         self._invite, self._coordinator_key = decode_invite(self.invite_text)
-        self._contributor: Contributor | None = None
-        self._lease: Lease | None = None
-        self._work: asyncio.Task[None] | None = None
-        self._stop_work = False
-        self._sending = False
+        self._work: LeaseWork | None = None  # from the first join on
         self._finished = False
-        self._bytes_pushed = 0
         self._kept_state = ""
-        self._reveal: asyncio.Future[bool] | None = None  # whether the header that was just sent is committed
-        self._link: CoordinatorLink
-        self._linked = asyncio.Event()
         self._claimed_steps_per_s = 0.0
 
     async def run(self) -> None:
         """Work until `stopping` is set or the run is finished. Raises ManyhandsError when it cannot go on."""
         async with await PeerNode.start(self.store, self.home.identity_path, public=self.options.public) as self._node:
-            self._follower = Follower(self.store, self._make_source)
+            self._follower = Follower(self.store, self._make_source, self._settle)
             stop = asyncio.create_task(self.stopping.wait())
             died = asyncio.create_task(self._node.died.wait())
             run = asyncio.create_task(self._keep_joined())
@@ -120,7 +112,8 @@ class Worker:
                 for task in (stop, died, run):
                     task.cancel()
                 await asyncio.gather(stop, died, run, return_exceptions=True)
-                await self._end_work()
+                if self._work is not None:
+                    await self._work.end()
                 self._show("stopped")
 
     def _make_source(self, peer: str, addresses: Sequence[str]) -> Source | None:
@@ -156,7 +149,7 @@ class Worker:
             device=describe_device(choose_device(self.options.device)),
             software=f"manyhands {version('manyhands')} {platform.system()}"[:64],
             addresses=self._node.addresses,
-            lease_id=self._lease.lease_id if self._lease else None,
+            lease_id=self._work.lease.lease_id if self._work and self._work.lease else None,
         )
 
     async def _converse(self, link: CoordinatorLink) -> None:
@@ -164,37 +157,50 @@ class Worker:
         self.status.run = link.genesis.spec.name
         heartbeat = asyncio.create_task(self._send_heartbeats(link))
         try:
-            if self._contributor is None:
+            if self._work is None:
                 self._show("preparing")
-                self._contributor = await self._prepare(link)
-            self._show("fetching the state")
-            await self._follower.catch_up(link)
-            self._report_state(link)
-            self._link = link
-            self._linked.set()
+                self._work = await self._prepare(link)
+            if self._work.lease is not None and self._work.lease.round < link.welcome.round:
+                await self._work.end()  # its round closed while this worker was cut off
+            await self._catch_up(link)
+            self._work.attach(link)
             async for message in link.messages():
-                await self._take(message, link)
+                await self._take(message, link, self._work)
                 if self._finished:
                     break
         except asyncio.CancelledError:
-            self._hand_back(link)
+            if self._work is not None:
+                self._work.hand_back("the worker stops")
+            link.send(leaving=pb.Leaving(reason="stopped by its owner"))
             await link.drain()
             raise
         finally:
-            self._linked.clear()
-            if self._reveal is not None and not self._reveal.done():
-                self._reveal.set_exception(ConnectionFailedError("the connection broke before the header was taken"))
+            if self._work is not None:
+                self._work.detach()
             heartbeat.cancel()
         await link.drain()
 
-    async def _prepare(self, link: CoordinatorLink) -> Contributor:
+    async def _catch_up(self, link: CoordinatorLink) -> None:
+        self._show("fetching the state")
+        try:
+            await self._follower.catch_up(link)
+        except UnavailableError as error:
+            raise ConnectionFailedError(f"the state is not to be had yet: {error}") from error
+        self._report_state(link)
+
+    def _settle(self, manifest: Manifest) -> None:
+        """A manifest was merged: what it lists of this worker's is no longer owed."""
+        if self._work is not None:
+            self._work.contributor.settle(manifest)
+
+    async def _prepare(self, link: CoordinatorLink) -> LeaseWork:
         genesis = link.genesis
         await link.fetch_small_blobs([genesis.shard_index_hash], self.store, 80 * genesis.num_shards + 64)
         await link.fetch_small_blobs([genesis.model_config_hash], self.store, MAX_CONFIG_BYTES)
         hashes: list[str] = json.loads(self.store.read(genesis.shard_index_hash))
         trainer = await asyncio.to_thread(self._build_trainer, genesis)
         self._claimed_steps_per_s = await asyncio.to_thread(trainer.benchmark, BENCHMARK_S) * self.options.throttle
-        return Contributor(
+        contributor = Contributor(
             genesis=genesis,
             identity=self.identity,
             store=self.store,
@@ -202,6 +208,7 @@ class Worker:
             shard_hashes=hashes,
             throttle=self.options.throttle,
         )
+        return LeaseWork(contributor, self.store, show=self._show, on_step=self._note_step)
 
     def _build_trainer(self, genesis: Genesis) -> Trainer:
         trainer = Trainer(
@@ -220,102 +227,50 @@ class Worker:
 
     # ---- messages
 
-    async def _take(self, message: pb.CoordinatorMessage, link: CoordinatorLink) -> None:
+    async def _take(self, message: pb.CoordinatorMessage, link: CoordinatorLink, work: LeaseWork) -> None:
         match message.WhichOneof("message"):
             case "lease":
-                self._begin_lease(link.open(unpack(message.lease), Lease), link)
+                work.begin(link.open(unpack(message.lease), Lease), self._follower.state)
             case "manifest":
-                await self._merge(message.manifest, link)
+                await self._merge(message.manifest, link, work)
             case "receipt":
                 receipt = link.open(unpack(message.receipt), Receipt)
                 self.status.credited_tokens += receipt.tokens
                 self.status.accepted += 1
             case "wanted":
-                self._decide_reveal(True)
+                work.answer(wanted=True)
             case "verdict":
                 if not message.verdict.accepted:
-                    self._decide_reveal(False)
+                    work.answer(wanted=False)
                     self.status.late_or_refused += 1
                     log.warning("contribution refused", reason=message.verdict.reason)
             case "resync":
                 log.warning("fetching the state again", reason=message.resync.reason)
-                await self._end_work()
+                await work.end()
                 self._follower.forget()
-                await self._follower.catch_up(link)
-                self._report_state(link)
+                await self._catch_up(link)
             case "phase":
                 self._take_phase(message.phase)
-
-    def _decide_reveal(self, wanted: bool) -> None:
-        if self._reveal is not None and not self._reveal.done():
-            self._reveal.set_result(wanted)
 
     def _take_phase(self, notice: pb.PhaseNotice) -> None:
         if notice.phase == "finished":
             self._show("the run is finished")
-        elif self._work is None or self._work.done():
+        elif self._work is None or self._work.idle:
             self._show(f"waiting: {notice.phase} ({notice.reason})")
 
-    def _begin_lease(self, lease: Lease, link: CoordinatorLink) -> None:
-        state = self._follower.state
-        if self._contributor is None or state is None or lease.base_digest != state.digest:
-            link.send(lease_return=pb.LeaseReturn(lease_id=lease.lease_id, reason="another state is held here"))
-            return
-        self._lease, self._stop_work = lease, False
-        self._work = asyncio.create_task(self._fulfil(lease, link))
-
-    async def _fulfil(self, lease: Lease, link: CoordinatorLink) -> None:
-        """Work on a lease and send what came of it; a failure hands the lease back and is told, not raised."""
-        state = self._follower.state
-        if self._contributor is None or state is None:
-            return
-        try:
-            self._show("training")
-            done = await self._contributor.work(
-                lease, state, link, should_stop=lambda: self._stop_work, on_step=self._note_step
-            )
-            if self._stop_work:
-                return
-            if done is None:
-                link.send(lease_return=pb.LeaseReturn(lease_id=lease.lease_id, reason="no shard was finished in time"))
-                return
-            header, signed = done
-            self._show("sending")
-            self._sending = True
-            await self._deliver(header, signed)
-            self._show("waiting for the merge")
-        except ManyhandsError as error:
-            log.warning("the lease was not fulfilled", lease=lease.lease_id, error=str(error))
-            link.send(lease_return=pb.LeaseReturn(lease_id=lease.lease_id, reason=str(error)[:200]))
-        finally:
-            self._sending = False
-            self.status.steps_per_s = self._contributor.steps_per_s
-            self.status.tokens_per_s = self._contributor.steps_per_s * self._contributor.step_tokens
-            self.status.steps_trained = self._contributor.steps_trained
-
-    async def _deliver(self, header: Contribution, signed: Signed) -> None:
-        """Commit the header, then reveal the payload; over a new connection when the one in use breaks."""
-        while True:
-            await self._linked.wait()
-            link = self._link
-            self._reveal = asyncio.get_running_loop().create_future()
-            try:
-                link.send(contribution=pack(signed))
-                if await self._reveal:
-                    await link.push_blob(header.payload_hash, self.store)
-                    self._bytes_pushed += header.payload_bytes
-                return
-            except ConnectionFailedError:
-                self._linked.clear()  # set again when the worker has joined again
-
-    async def _merge(self, notice: pb.ManifestNotice, link: CoordinatorLink) -> None:
+    async def _merge(self, notice: pb.ManifestNotice, link: CoordinatorLink, work: LeaseWork) -> None:
         manifest = link.open(unpack(notice.manifest), Manifest)
-        if self._lease is not None and manifest.round == self._lease.round:
-            await self._end_work()
-        if self._contributor is not None:
-            self._contributor.settle(manifest)
+        if work.lease is not None and manifest.round == work.lease.round:
+            await work.end()
         self._show("merging")
-        await self._follower.apply_notice(notice, manifest, link)
+        try:
+            await self._follower.apply_notice(notice, manifest, link)
+        except UnavailableError as error:
+            raise ConnectionFailedError(f"round {manifest.round} cannot be merged yet: {error}") from error
+        except VerificationError as error:
+            log.warning("fetching the state again", round=manifest.round, reason=str(error))
+            self._follower.forget()
+            await self._follower.catch_up(link)
         self._report_state(link)
         await asyncio.to_thread(self._tidy_store, link.genesis.spec.checkpoint.every_rounds)
         if manifest.tokens_after >= link.genesis.spec.train.tokens:
@@ -331,15 +286,6 @@ class Worker:
             self.store.remove(self._kept_state)
         self._kept_state = self.store.put(state.to_bytes())
         self.store.prune({self._kept_state}, MAX_STORE_BYTES)
-
-    async def _end_work(self) -> None:
-        """Stop the lease that is worked on, after its current inner step; what was computed stays for the next."""
-        self._stop_work = True
-        work, self._work, self._lease = self._work, None, None
-        if work is not None:
-            if self._sending:  # what is sent after the round's close is lost time
-                work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
 
     # ---- what is told
 
@@ -366,7 +312,12 @@ class Worker:
 
     def _send_heartbeat(self, link: CoordinatorLink) -> None:
         status = self.status
-        status.bytes_sent = self._bytes_pushed + self._node.bytes_sent
+        if self._work is not None:
+            contributor = self._work.contributor
+            status.steps_per_s = contributor.steps_per_s
+            status.tokens_per_s = contributor.steps_per_s * contributor.step_tokens
+            status.steps_trained = contributor.steps_trained
+        status.bytes_sent = (self._work.bytes_pushed if self._work else 0) + self._node.bytes_sent
         status.bytes_received = self._node.bytes_received
         link.send(
             heartbeat=pb.Heartbeat(
@@ -379,11 +330,6 @@ class Worker:
                 bytes_received=status.bytes_received,
             )
         )
-
-    def _hand_back(self, link: CoordinatorLink) -> None:
-        if self._lease is not None:
-            link.send(lease_return=pb.LeaseReturn(lease_id=self._lease.lease_id, reason="the worker stops"))
-        link.send(leaving=pb.Leaving(reason="stopped by its owner"))
 
     def _show(self, activity: str) -> None:
         self.status.activity = activity

@@ -24,10 +24,16 @@ MakeSource = Callable[[str, Sequence[str]], Source | None]  # (peer id, addresse
 class Follower:
     """The state of one run on this machine. `state` is None until `catch_up`."""
 
-    def __init__(self, store: BlobStore, make_source: MakeSource | None = None) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        make_source: MakeSource | None = None,
+        on_manifest: Callable[[Manifest], object] | None = None,
+    ) -> None:
         self.state: State | None = None
         self._store = store
         self._make_source = make_source
+        self._on_manifest = on_manifest  # called once for each manifest that is applied, in order
 
     @property
     def round(self) -> int:
@@ -68,6 +74,8 @@ class Follower:
         ]
         await fetch_blobs(self._store, wanted, on_failure=_log_failure)
         self.state = await asyncio.to_thread(_merge, self.state, manifest, self._store)
+        if self._on_manifest is not None:
+            self._on_manifest(manifest)
 
     def _sources_of(
         self, payload_hash: str, hints: dict[str, tuple[str, tuple[str, ...]]], link: CoordinatorLink

@@ -72,18 +72,18 @@ def plan_leases(state: State, peers: list[str]) -> tuple[float, dict[str, int]]:
 
 
 def _fit_remaining(plan: dict[str, int], remaining: int) -> dict[str, int]:
-    """Shrink the last round to what is left of the run, in proportion, the fastest first."""
+    """Shrink the last round to exactly what is left of the run, in proportion; the slowest may get none."""
     total = sum(plan.values())
     if total <= remaining:
         return plan
     fitted: dict[str, int] = {}
-    left = remaining
     for peer, shards in sorted(plan.items(), key=lambda item: (-item[1], item[0])):
-        share = min(max(1, shards * remaining // total), left)
+        share = ceil(shards * remaining / total)
         if share == 0:
             break
         fitted[peer] = share
-        left -= share
+        remaining -= share
+        total -= shards
     return fitted
 
 

@@ -6,7 +6,8 @@
 same times give the same state and the same effects.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import islice
 from typing import Any
 
 from coordinator.core import events as ev
@@ -89,15 +90,23 @@ def _advance(state: State, now_s: float) -> list[Effect]:
     if state.phase is Phase.MERGE and not wait_is_over:
         return []
     effects: list[Effect] = []
-    enough = wait_is_over and _count_holders(state) >= state.spec.round.min_peers
-    digest = peers.reference_digest(state) if enough else None
+    digest = peers.reference_digest(state) if wait_is_over and _has_enough(state, state.reports) else None
     if digest is not None:
         effects += peers.resync_others(state, digest)
-        if _count_holders(state) >= state.spec.round.min_peers:
+        if _has_enough(state, state.reports):
             return effects + rounds.open_round(state, digest, now_s)
-    num_workers = sum(p.role == "worker" and p.status is not PeerStatus.GONE for p in state.peers.values())
-    state.phase = Phase.WARMUP if num_workers >= state.spec.round.min_peers else Phase.WAITING_FOR_PEERS
+    state.phase = Phase.WARMUP if _has_enough(state, state.peers) else Phase.WAITING_FOR_PEERS
     return effects
+
+
+def _has_enough(state: State, peer_ids: Collection[str]) -> bool:
+    """Whether so many of these are workers, and here, that a round can open. Looks no further than it must."""
+    wanted = state.spec.round.min_peers
+    if len(peer_ids) < wanted:
+        return False
+    some = (state.peers[peer_id] for peer_id in peer_ids)
+    here = (peer for peer in some if peer.role == "worker" and peer.status is not PeerStatus.GONE)
+    return sum(1 for _ in islice(here, wanted)) == wanted
 
 
 def _end_wait(state: State, now_s: float) -> bool:

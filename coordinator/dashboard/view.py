@@ -36,11 +36,12 @@ class View:
         self._build_loss(snapshot)
         with _section("peers"):
             self._changing("h2", "peers_heading", snapshot).props("id=peers")
-            with _box("table").props("aria-labelledby=peers"):
-                with _box("thead"), _box("tr"):
+            # Roles are spelt out: on a phone the style sheet lays rows out as cards, which would take them away.
+            with _box("table").props("role=table aria-labelledby=peers"):
+                with _box("thead").props("role=rowgroup"), _box("tr").props("role=row"):
                     for column in COLUMNS:
-                        _text("th", column).props("scope=col")
-                self._rows = _box("tbody")
+                        _text("th", column).props("role=columnheader scope=col")
+                self._rows = _box("tbody").props("role=rowgroup")
             self._changing("p", "peers_note", snapshot, "muted")
         _build_invite(invite)
         with _box("footer"):
@@ -118,10 +119,9 @@ def _identify(peer: PeerRow) -> tuple[str, bool]:
 
 
 def _build_row(peer: PeerRow) -> list[ui.label]:
-    with _box("tr").classes("gone" if peer.status == "gone" else ""):
-        cells = [_text("th" if column == "Name" else "td", "").props(f'data-label="{column}"') for column in COLUMNS]
-        cells[0].props("scope=row")
-        return cells
+    with _box("tr").props("role=row").classes("gone" if peer.status == "gone" else ""):
+        name = _text("th", "").props("role=rowheader scope=row")
+        return [name, *(_text("td", "").props(f'role=cell data-label="{column}"') for column in COLUMNS[1:])]
 
 
 def _build_invite(invite: str | None) -> None:

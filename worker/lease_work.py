@@ -1,0 +1,132 @@
+"""One lease at a time: worked on in a task beside the conversation, and delivered over whatever link there is.
+
+The owner starts a lease with `begin`, stops it with `end`, and tells of links and of the coordinator's answers. A
+broken connection does not end the work: the header is sent again when the worker has joined again.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from protocol.documents import Contribution, Lease
+from protocol.envelope import pack
+from protocol.errors import ConnectionFailedError, ManyhandsError
+from protocol.exchange.store import BlobStore
+from protocol.replica import State
+from protocol.signing import Signed
+from protocol.wire import coordinator_pb2 as pb
+from worker.contributor import Contributor
+from worker.link import CoordinatorLink
+from worker.trainer import StepReport
+
+log = structlog.get_logger()
+
+
+class LeaseWork:
+    """The lease that a worker holds, if any, and the work on it."""
+
+    def __init__(
+        self,
+        contributor: Contributor,
+        store: BlobStore,
+        *,
+        show: Callable[[str], None],
+        on_step: Callable[[StepReport], None],
+    ) -> None:
+        self.contributor = contributor
+        self.lease: Lease | None = None
+        self.bytes_pushed = 0
+        self._store = store
+        self._show = show
+        self._on_step = on_step
+        self._task: asyncio.Task[None] | None = None
+        self._stopped = False
+        self._sending = False
+        self._reveal: asyncio.Future[bool] | None = None  # whether the header that was just sent is committed
+        self._link: CoordinatorLink
+        self._linked = asyncio.Event()
+
+    @property
+    def idle(self) -> bool:
+        return self._task is None or self._task.done()
+
+    def begin(self, lease: Lease, state: State | None) -> None:
+        """Work on a lease from `state`; one that builds on another state is handed back."""
+        if state is None or lease.base_digest != state.digest:
+            self._return(lease, "another state is held here")
+            return
+        self.lease, self._stopped = lease, False
+        self._task = asyncio.create_task(self._fulfil(lease, state))
+
+    async def end(self) -> None:
+        """Stop after the current inner step. What was computed is in the error feedback, for the next contribution."""
+        self._stopped = True
+        task, self._task, self.lease = self._task, None, None
+        if task is not None:
+            if self._sending:  # what is sent after the round's close is lost time
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def attach(self, link: CoordinatorLink) -> None:
+        """The worker has joined: deliver over this link from now on."""
+        self._link = link
+        self._linked.set()
+
+    def detach(self) -> None:
+        """The link is gone; a header that it may not have taken is sent again over the next one."""
+        self._linked.clear()
+        if self._reveal is not None and not self._reveal.done():
+            self._reveal.set_exception(ConnectionFailedError("the connection broke before the header was taken"))
+
+    def answer(self, *, wanted: bool) -> None:
+        """The coordinator's word on the header: reveal the payload, or not."""
+        if self._reveal is not None and not self._reveal.done():
+            self._reveal.set_result(wanted)
+
+    def hand_back(self, reason: str) -> None:
+        """Tell the coordinator that the lease will not be fulfilled."""
+        if self.lease is not None:
+            self._return(self.lease, reason)
+
+    def _return(self, lease: Lease, reason: str) -> None:
+        if self._linked.is_set():
+            self._link.send(lease_return=pb.LeaseReturn(lease_id=lease.lease_id, reason=reason[:200]))
+
+    async def _fulfil(self, lease: Lease, state: State) -> None:
+        """Train, encode, deliver. A failure hands the lease back and is told, not raised."""
+        try:
+            self._show("training")
+            done = await self.contributor.work(
+                lease, state, self._link, should_stop=lambda: self._stopped, on_step=self._on_step
+            )
+            if self._stopped:
+                return
+            if done is None:
+                self._return(lease, "no shard was finished in time")
+                return
+            self._show("sending")
+            self._sending = True
+            await self._deliver(*done)
+            self._show("waiting for the merge")
+        except ManyhandsError as error:
+            log.warning("the lease was not fulfilled", lease=lease.lease_id, error=str(error))
+            self._return(lease, str(error))
+        finally:
+            self._sending = False
+
+    async def _deliver(self, header: Contribution, signed: Signed) -> None:
+        """Commit the header, then reveal the payload; over a new connection when the one in use breaks."""
+        while True:
+            await self._linked.wait()
+            link = self._link
+            self._reveal = asyncio.get_running_loop().create_future()
+            try:
+                link.send(contribution=pack(signed))
+                if await self._reveal:
+                    await link.push_blob(header.payload_hash, self._store)
+                    self.bytes_pushed += header.payload_bytes
+                return
+            except ConnectionFailedError:
+                if self._link is link:
+                    self._linked.clear()  # set again when the worker has joined again
