@@ -1,0 +1,152 @@
+"""What to exchange and how often: a pure function from what is known of a run to codec and inner steps, with a reason.
+
+Short rounds learn better and cost more bytes; codecs with fewer bits learn a little worse and cost fewer. The penalties
+below are held-out loss in nats over the best setting, measured at equal tokens (docs/convergence.md); the choice is the
+smallest sum of the two among those whose exchange takes at most the wanted share of a round.
+
+It does not look at anything but its arguments, and the same arguments give the same choice.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from protocol.errors import ConfigError
+
+AUTO: Literal["auto"] = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A codec with its options: bytes a parameter, and what it costs in loss."""
+
+    codec: str
+    options: tuple[tuple[str, int], ...]
+    bytes_per_parameter: float
+    penalty: float
+
+
+CHOICES = (
+    Choice(codec="int8", options=(), bytes_per_parameter=1.008, penalty=0.0),
+    Choice(codec="int4", options=(), bytes_per_parameter=0.508, penalty=0.002),
+    Choice(codec="int2", options=(), bytes_per_parameter=0.258, penalty=0.008),
+    Choice(codec="sign", options=(), bytes_per_parameter=0.133, penalty=0.017),
+    Choice(codec="sparse", options=(("k", 512),), bytes_per_parameter=0.102, penalty=0.035),
+    Choice(codec="sparse", options=(("k", 128),), bytes_per_parameter=0.0330, penalty=0.13),
+    Choice(codec="sparse", options=(("k", 64),), bytes_per_parameter=0.0190, penalty=0.265),
+)
+# Inner steps a round -> loss over rounds of 10, with an outer optimizer that fits.
+STEPS_PENALTY = ((5, -0.02), (10, 0.0), (20, 0.02), (30, 0.045), (50, 0.09), (100, 0.17), (200, 0.25), (500, 0.35))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """A typical peer: seconds an inner step, and bits a second up and down; None where nothing was measured yet."""
+
+    step_s: float
+    upload_bps: float | None
+    download_bps: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangePlan:
+    """What a round exchanges, and why."""
+
+    codec: str
+    options: tuple[tuple[str, int], ...]
+    inner_steps: int
+    reason: str
+
+
+def describe_links(step_s: list[float], upload_bps: list[float], download_bps: list[float]) -> Links:
+    """The median peer. Raises ValueError without any step time."""
+    return Links(
+        step_s=median(step_s),
+        upload_bps=median(upload_bps) if upload_bps else None,
+        download_bps=median(download_bps) if download_bps else None,
+    )
+
+
+def plan_exchange(
+    *,
+    num_parameters: int,
+    contributors: int,
+    links: Links,
+    share: float,
+    codec: str,
+    options: Mapping[str, int],
+    inner_steps: int | None,
+) -> ExchangePlan:
+    """The exchange of the next round. `codec` and `inner_steps` may be given; "auto" and None are chosen here.
+
+    share: the part of a round that exchange may take, 0 to 1. Before any link was measured the middle of the road is
+    taken: int2 and 20 steps.
+    """
+    choices = CHOICES if codec == AUTO else (_given(codec, options),)
+    steps = STEPS_PENALTY if inner_steps is None else ((inner_steps, 0.0),)
+    if codec != AUTO and inner_steps is not None:
+        return ExchangePlan(codec=codec, options=choices[0].options, inner_steps=inner_steps, reason="as run.toml says")
+    if links.upload_bps is None:
+        middle = next(choice for choice in choices if len(choices) == 1 or choice.codec == "int2")
+        return ExchangePlan(
+            codec=middle.codec,
+            options=middle.options,
+            inner_steps=inner_steps or 20,
+            reason="no link was measured yet",
+        )
+    best = min(
+        ((choice, h, penalty) for choice in choices for h, penalty in steps),
+        key=lambda c: (
+            max(0.0, _share(c[0], c[1], num_parameters, contributors, links) - share),
+            c[0].penalty + c[2],
+            c[0].bytes_per_parameter,
+        ),
+    )
+    return _explain(best[0], best[1], num_parameters, contributors, links, share)
+
+
+def exchange_s(choice: Choice, num_parameters: int, contributors: int, links: Links) -> float:
+    """Seconds that a peer's link is busy in a round: its own payload up, the others' down, both at once."""
+    payload_bits = 8.0 * choice.bytes_per_parameter * num_parameters
+    up = payload_bits / links.upload_bps if links.upload_bps else 0.0
+    down = (contributors - 1) * payload_bits / links.download_bps if links.download_bps else 0.0
+    return max(up, down)
+
+
+def _share(choice: Choice, inner_steps: int, num_parameters: int, contributors: int, links: Links) -> float:
+    exchange = exchange_s(choice, num_parameters, contributors, links)
+    return exchange / (exchange + inner_steps * links.step_s)
+
+
+def _given(codec: str, options: Mapping[str, int]) -> Choice:
+    wanted = tuple(sorted(options.items()))
+    known = next((c for c in CHOICES if c.codec == codec and c.options == wanted), None)
+    if known is not None:
+        return known
+    sizes = {"float32": 4.0, "float16": 2.0, "sparse": 0.0003 * float(options.get("k", 64))}
+    size = sizes.get(codec) or next((c.bytes_per_parameter for c in CHOICES if c.codec == codec), None)
+    if size is None:
+        raise ConfigError(f"unknown codec `{codec}`")
+    return Choice(codec=codec, options=wanted, bytes_per_parameter=size, penalty=0.0)
+
+
+def _explain(
+    choice: Choice, inner_steps: int, num_parameters: int, contributors: int, links: Links, share: float
+) -> ExchangePlan:
+    exchange = exchange_s(choice, num_parameters, contributors, links)
+    taken = _share(choice, inner_steps, num_parameters, contributors, links)
+    round_s = exchange + inner_steps * links.step_s
+    name = choice.codec + "".join(f" {key}={value}" for key, value in choice.options)
+    limit = "" if taken <= share else f", more than the {share:.0%} wanted: nothing smaller learns"
+    down = f"/{links.download_bps / 1e6:.0f}" if links.download_bps else ""
+    return ExchangePlan(
+        codec=choice.codec,
+        options=choice.options,
+        inner_steps=inner_steps,
+        reason=(
+            f"{name}, {inner_steps} inner steps: {choice.bytes_per_parameter * num_parameters / 1e6:.2f} MB up and "
+            f"{max(contributors - 1, 0)} payloads down take {exchange:.2f} s of {round_s:.1f} s "
+            f"({taken:.1%}{limit}) at {(links.upload_bps or 0) / 1e6:.0f}{down} Mbit/s"
+        ),
+    )

@@ -1,0 +1,103 @@
+"""The choice of codec and inner steps: fits the link, prefers what learns, and says why."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.codecs import get_codec
+from protocol.policy import CHOICES, ExchangePlan, Links, plan_exchange
+
+
+def plan(
+    *,
+    num_parameters: int = 100_000_000,
+    contributors: int = 8,
+    up_mbps: float | None = 20.0,
+    down_mbps: float | None = 100.0,
+    step_s: float = 0.5,
+    codec: str = "auto",
+    inner_steps: int | None = None,
+) -> ExchangePlan:
+    links = Links(
+        step_s=step_s,
+        upload_bps=up_mbps * 1e6 if up_mbps else None,
+        download_bps=down_mbps * 1e6 if down_mbps else None,
+    )
+    return plan_exchange(
+        num_parameters=num_parameters,
+        contributors=contributors,
+        links=links,
+        share=0.05,
+        codec=codec,
+        options={},
+        inner_steps=inner_steps,
+    )
+
+
+def bytes_of(chosen: ExchangePlan) -> float:
+    return (
+        next(c.bytes_per_parameter for c in CHOICES if (c.codec, c.options) == (chosen.codec, chosen.options))
+        / chosen.inner_steps
+    )
+
+
+def test_bytes_a_step_shrink_when_the_link_is_thinner() -> None:
+    per_step = [bytes_of(plan(up_mbps=mbps, down_mbps=mbps * 5)) for mbps in (1000, 100, 20, 5, 1)]
+    assert per_step == sorted(per_step, reverse=True)
+    assert per_step[-1] < per_step[0] / 10
+
+
+def test_rounds_are_short_and_dense_when_the_link_is_no_limit() -> None:
+    chosen = plan(num_parameters=400_000, up_mbps=1000.0, down_mbps=1000.0)
+    assert chosen.inner_steps == 5
+    assert chosen.codec in ("int8", "int4", "int2")
+
+
+def test_given_codec_is_kept_when_only_the_steps_are_auto() -> None:
+    assert plan(codec="float16").codec == "float16"
+    assert plan(codec="sign", inner_steps=7).reason == "as run.toml says"
+
+
+def test_middle_of_the_road_is_taken_when_nothing_was_measured() -> None:
+    chosen = plan(up_mbps=None, down_mbps=None)
+    assert (chosen.codec, chosen.inner_steps) == ("int2", 20)
+
+
+def test_reason_names_share_and_link() -> None:
+    reason = plan().reason
+    assert "%" in reason
+    assert "20/100 Mbit/s" in reason
+
+
+@given(
+    num_parameters=st.integers(10_000, 10**11),
+    contributors=st.integers(1, 32),
+    up_mbps=st.floats(0.1, 10_000),
+    down_mbps=st.floats(0.1, 10_000),
+    step_s=st.floats(0.001, 100),
+)
+def test_share_is_kept_when_any_setting_can_keep_it(
+    num_parameters: int, contributors: int, up_mbps: float, down_mbps: float, step_s: float
+) -> None:
+    chosen = plan(
+        num_parameters=num_parameters,
+        contributors=contributors,
+        up_mbps=up_mbps,
+        down_mbps=down_mbps,
+        step_s=step_s,
+    )
+    get_codec(chosen.codec, dict(chosen.options))  # a codec that exists, with options that it takes
+    smallest = min(c.bytes_per_parameter for c in CHOICES) / 500
+    assert bytes_of(chosen) == pytest.approx(smallest) or "more than" not in chosen.reason
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda c: f"{c.codec}{dict(c.options)}")
+def test_stated_size_is_the_real_one(choice: object) -> None:
+    import numpy as np
+
+    from protocol.policy import Choice
+
+    assert isinstance(choice, Choice)
+    vector = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float32)
+    size = len(get_codec(choice.codec, dict(choice.options)).encode(vector)) / vector.size
+    assert size == pytest.approx(choice.bytes_per_parameter, rel=0.03)
