@@ -6,18 +6,20 @@ ledger writes signed manifests, and the state moves by `apply_manifest` alone. A
 all. What it leaves out: transport, late and failing peers, and the time that any of this takes. `train_single` is what
 it is compared with: one optimizer on one stream of batches.
 
-Same spec, data and speeds on the same machine and number of threads: the same bits.
+Same spec, data and speeds on the same machine with the same number of threads: the same bits.
 
-Shape letters: B sequences in an inner step, R sequences in a shard, T tokens a sequence, D parameters.
+Shape letters: R sequences in a shard, T tokens a sequence.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from coordinator.core import effects as fx
@@ -41,8 +43,9 @@ from worker.trainer import LeaseResult, Trainer
 
 Rows = NDArray[np.int64]
 RUN_ID = "00000000000000c0"
-TOKEN_ID = "0000000000000001"
+INVITE_ID = "0000000000000001"
 DEVICE = torch.device("cpu")
+EVALUATION_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +62,7 @@ class Outcome:
     """What training came to. loss: held out, in nats a token."""
 
     loss: float
-    curve: tuple[tuple[int, float], ...]  # (tokens, held-out loss) wherever it was measured
     tokens: int
-    rounds: int
     inner_steps: tuple[int, ...]  # of each worker
     upload_bytes: tuple[int, ...]  # of each worker: the lengths of its accepted payloads
     state: State
@@ -97,14 +98,8 @@ def train_single(
 
     1 is a worker alone; N is N workers that average their gradients at every step. It trains spec.train.tokens.
     """
-    wide = spec.model_copy(
-        update={
-            "train": spec.train.model_copy(
-                update={"batch_sequences": spec.train.batch_sequences * batches_per_step}
-            ),
-            "data": spec.data.model_copy(update={"shard_steps": 1}),
-        }
-    )
+    train = spec.train.model_copy(update={"batch_sequences": spec.train.batch_sequences * batches_per_step})
+    wide = spec.model_copy(update={"train": train, "data": spec.data.model_copy(update={"shard_steps": 1})})
     num_steps = spec.train.tokens // wide.step_tokens
     rows = np.concatenate(data.shards)
     order = np.arange(num_steps * wide.train.batch_sequences) % len(rows)
@@ -121,12 +116,9 @@ def train_single(
         should_stop=lambda: False,
         on_step=lambda _: on_step(),
     )
-    loss = trainer.evaluate(None, data.held_out, 64)
     return Outcome(
-        loss=loss,
-        curve=((tokens, loss),),
+        loss=trainer.evaluate(None, data.held_out, EVALUATION_BATCH),
         tokens=tokens,
-        rounds=0,
         inner_steps=(num_steps,),
         upload_bytes=(0,),
         state=State(0, theta - result.pseudo_gradient),
@@ -134,14 +126,10 @@ def train_single(
 
 
 def train_together(
-    spec: RunSpec,
-    data: Dataset,
-    speeds: Sequence[float],
-    on_step: Callable[[], None] = lambda: None,
-    evaluate_every_rounds: int | None = None,
+    spec: RunSpec, data: Dataset, speeds: Sequence[float], on_step: Callable[[], None] = lambda: None
 ) -> Outcome:
     """A whole run of len(speeds) workers, which make so many inner steps a second on the virtual clock."""
-    return _Run(spec, data, speeds, on_step).finish(evaluate_every_rounds)
+    return _Run(spec, data, speeds, on_step).finish()
 
 
 class _Run:
@@ -149,10 +137,9 @@ class _Run:
 
     def __init__(self, spec: RunSpec, data: Dataset, speeds: Sequence[float], on_step: Callable[[], None]) -> None:
         # the first round is to open when the last worker has joined, not before
-        together = spec.round.model_copy(update={"min_peers": len(speeds)})
-        spec = spec.model_copy(update={"round": together})
+        spec = spec.model_copy(update={"round": spec.round.model_copy(update={"min_peers": len(speeds)})})
         self._spec, self._data, self._on_step = spec, data, on_step
-        self._operator = Identity.generate()
+        self._operator = _identity("coordinator")
         self._ledger = LedgerWriter(self._operator, RUN_ID, spec, None)
         self._codec = get_codec(spec.exchange.codec, spec.exchange.codec_options)
         self._workers = {worker.identity.peer_id: worker for worker in self._make_workers(speeds)}
@@ -163,31 +150,25 @@ class _Run:
         self._headers: dict[str, Signed] = {}
         self._now_s = 0.0
 
-    def finish(self, evaluate_every_rounds: int | None) -> Outcome:
+    def finish(self) -> Outcome:
         """Run to the end."""
-        curve: list[tuple[int, float]] = []
         granted = self._admit_all()
         while self._core.phase is not Phase.FINISHED:
             granted = self._play_round(granted)
-            if evaluate_every_rounds and self._state.round % evaluate_every_rounds == 0:
-                curve.append((self._core.tokens_credited, self._evaluate()))
-        loss = self._evaluate()
-        workers = self._workers.values()
+        workers = list(self._workers.values())
         return Outcome(
-            loss=loss,
-            curve=(*curve, (self._core.tokens_credited, loss)),
+            loss=workers[0].trainer.evaluate(self._state.theta, self._data.held_out, EVALUATION_BATCH),
             tokens=self._core.tokens_credited,
-            rounds=self._core.rounds_merged,
             inner_steps=tuple(worker.inner_steps for worker in workers),
             upload_bytes=tuple(worker.upload_bytes for worker in workers),
             state=self._state,
         )
 
     def _make_workers(self, speeds: Sequence[float]) -> Iterator[VirtualWorker]:
-        for steps_per_s in speeds:
+        for number, steps_per_s in enumerate(speeds):
             trainer = Trainer(self._spec, self._data.vocabulary_size, DEVICE)
             yield VirtualWorker(
-                identity=Identity.generate(),
+                identity=_identity(f"worker {number}"),
                 trainer=trainer,
                 steps_per_s=steps_per_s,
                 feedback=ErrorFeedback(trainer.num_parameters),
@@ -198,10 +179,10 @@ class _Run:
 
     def _admit_all(self) -> list[fx.GrantLease]:
         """Join every worker, then let all report the initial state: the first round opens with all of them."""
-        self._handle(ev.InviteIssued(token_id=TOKEN_ID, uses=len(self._workers)))
+        self._handle(ev.InviteIssued(token_id=INVITE_ID, uses=len(self._workers)))
         for peer in self._workers:
             self._handle(
-                ev.PeerJoined(peer=peer, name=peer[-4:], device="", role="worker", token_id=TOKEN_ID, lease_id=None)
+                ev.PeerJoined(peer=peer, name=peer[-4:], device="", role="worker", token_id=INVITE_ID, lease_id=None)
             )
         return self._report_all()
 
@@ -303,9 +284,10 @@ class _Run:
         self._payloads.clear()
         self._headers.clear()
 
-    def _evaluate(self) -> float:
-        trainer = next(iter(self._workers.values())).trainer
-        return trainer.evaluate(self._state.theta, self._data.held_out, 64)
+
+def _identity(name: str) -> Identity:
+    """A key of that name: leases are given out in the order of peer ids, so random ones would change the result."""
+    return Identity(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest()))
 
 
 def _refs(units: Sequence[Unit]) -> tuple[ShardRef, ...]:

@@ -129,9 +129,9 @@ class Engine:
         batch.journal.append(
             JournalRow(seq=self._journal_seq, now_s=now_s, unix_s=unix_s, event=ev.dump_event(submission.event))
         )
-        for signed in submission.documents:
-            self._headers[signed.hash] = signed
-            batch.documents.append(signed)
+        if any(isinstance(effect, fx.CheckPayload | fx.RecordEvaluation) for effect in effects):
+            batch.documents += submission.documents  # what the core refused is not kept
+            self._headers |= {signed.hash: signed for signed in submission.documents}
         entries: list[LedgerRow] = []
         for effect in effects:
             entries += self._write_entries(effect, batch, now_s, unix_s)

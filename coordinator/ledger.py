@@ -103,6 +103,7 @@ def _accepted(credit: Credit) -> Accepted:
         contribution_hash=credit.contribution_hash,
         payload_hash=credit.payload_hash,
         payload_bytes=credit.payload_bytes,
+        pieces_hash=credit.pieces_hash,
         codec=credit.codec,
         tokens=credit.tokens,
         norm=credit.norm,

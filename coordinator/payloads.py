@@ -12,7 +12,9 @@ from coordinator.core.effects import CheckPayload
 from coordinator.core.events import PayloadChecked
 from protocol.codecs import Codec
 from protocol.errors import ManyhandsError
+from protocol.exchange.piece_index import has_index, make_piece_index
 from protocol.exchange.store import BlobStore
+from protocol.signing import sha256_hex
 
 log = structlog.get_logger()
 
@@ -41,6 +43,11 @@ class PayloadChecker:
         check = self._expected.get(payload_hash)
         return check.payload_bytes if check is not None and check.peer == peer else None
 
+    def is_known(self, payload_hash: str, peer: str) -> bool:
+        """Whether these bytes were revealed before, or are due from another peer: a copy earns nothing."""
+        check = self._expected.get(payload_hash)
+        return self._store.has(payload_hash) if check is None else check.peer != peer
+
     def arrived(self, payload_hash: str) -> None:
         """The blob is complete and its hash holds: look inside, in a thread."""
         check = self._expected.pop(payload_hash, None)
@@ -49,9 +56,9 @@ class PayloadChecker:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def forget(self, keep: set[str]) -> None:
-        """Drop expectations of closed rounds."""
-        self._expected = {hash_: check for hash_, check in self._expected.items() if hash_ in keep}
+    def forget(self) -> None:
+        """A round closed: what it still waited for is not taken any more."""
+        self._expected.clear()
 
     async def _check(self, check: CheckPayload) -> None:
         norm, reason = await asyncio.to_thread(self._inspect, check)
@@ -64,6 +71,12 @@ class PayloadChecker:
             payload = self._store.read(check.payload_hash)
             if len(payload) != check.payload_bytes:
                 return 0.0, f"the payload has {len(payload)} bytes; its header says {check.payload_bytes}"
-            return self._codec.inspect(payload, self._num_parameters).norm, ""
+            norm = self._codec.inspect(payload, self._num_parameters).norm
+            if has_index(len(payload)):
+                index = make_piece_index(payload)
+                if sha256_hex(index) != check.pieces_hash:
+                    return 0.0, "the piece index that its header names is not this payload's"
+                self._store.put(index)
+            return norm, ""
         except ManyhandsError as error:
             return 0.0, str(error)

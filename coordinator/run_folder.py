@@ -23,7 +23,7 @@ from protocol.documents import PROTOCOL_VERSION, Genesis
 from protocol.errors import ConfigError, DiskFullError
 from protocol.exchange.store import BlobStore, naming_full_disks
 from protocol.identity import Identity
-from protocol.run_spec import RunSpec, load_run_spec
+from protocol.run_spec import CoordinatorSpec, RunSpec, load_run_spec
 from protocol.signing import Signed
 from protocol.tokenizer import load_tokenizer
 
@@ -134,7 +134,7 @@ def prepare(
             seq=seq,
             previous=previous,
             protocol_version=PROTOCOL_VERSION,
-            spec=spec,
+            spec=spec.model_copy(update={"coordinator": CoordinatorSpec()}),  # where it listens is nobody's business
             created_unix_s=int(time.time()),
             num_parameters=model.num_parameters,
             initial_digest=model.digest,

@@ -36,6 +36,7 @@ from protocol.documents import (
 )
 from protocol.envelope import pack, unpack
 from protocol.errors import InviteError, ManyhandsError, VerificationError
+from protocol.exchange.piece_index import has_index
 from protocol.exchange.store import BlobStore
 from protocol.invite import decode_invite
 from protocol.signing import Signed
@@ -96,7 +97,9 @@ class CoordinatorService(CoordinatorServiceServicer):
         except (ManyhandsError, TimeoutError, StopAsyncIteration) as error:
             yield _refused("join", str(error) or "no join request arrived in time")
             return
-        session = PeerSession(peer=join.peer, name=join.name, role=invite.role, addresses=join.addresses)
+        session = PeerSession(
+            peer=join.peer, name=join.name, role=invite.role, addresses=join.addresses, seed=join.seed
+        )
         decided: asyncio.Future[RefusePeer | None] = asyncio.get_running_loop().create_future()
         self._engine.submit(
             ev.PeerJoined(
@@ -221,8 +224,16 @@ class CoordinatorService(CoordinatorServiceServicer):
             raise VerificationError("the contribution is not signed by this session's peer")
         if header.codec != self._codec_name:
             raise VerificationError(f"the run's codec is {self._codec_name}, not {header.codec}")
+        if has_index(header.payload_bytes) != (header.pieces_hash is not None):
+            raise VerificationError("a payload of several pieces comes with the hash of its piece index, others do not")
         if header.payload_bytes > self._max_payload_bytes:
             raise VerificationError(f"a payload of {header.payload_bytes} bytes; at most {self._max_payload_bytes}")
+        if self._payloads.is_known(header.payload_hash, header.peer) and not self._is_committed(signed, header.peer):
+            reason = "that payload was sent before: a contribution counts once, and for its author"
+            session.send(
+                verdict=pb.ContributionVerdict(payload_hash=header.payload_hash, accepted=False, reason=reason)
+            )
+            return
         self._engine.submit(
             ev.ContributionCommitted(
                 peer=header.peer,
@@ -236,9 +247,15 @@ class CoordinatorService(CoordinatorServiceServicer):
                 contribution_hash=signed.hash,
                 payload_hash=header.payload_hash,
                 payload_bytes=header.payload_bytes,
+                pieces_hash=header.pieces_hash,
             ),
             documents=(signed,),
         )
+
+    def _is_committed(self, signed: Signed, peer: str) -> bool:
+        """Whether this very header is in the open round already: it is sent again after a broken connection."""
+        lease = self._engine.state.round.leases.get(peer) if self._engine.state.round else None
+        return bool(lease and lease.candidate and lease.candidate.contribution_hash == signed.hash)
 
     def _take_evaluation(self, signed: Signed, session: PeerSession) -> None:
         report = open_signed(signed, EvaluationReport, run_id=self._run.run_id)
@@ -294,19 +311,21 @@ class CoordinatorService(CoordinatorServiceServicer):
         await self._authenticate(context)
         if len(request.hashes) > MAX_HASHES:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"at most {MAX_HASHES} blobs at once")
-        offset = request.offset
+        offset, length = request.offset, request.length
         for hash_ in request.hashes:
             try:
                 size = self._store.size(hash_)
             except (ManyhandsError, ValueError) as error:
                 await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
             first = True
-            while first or offset < size:
-                data = await asyncio.to_thread(self._store.read_piece, hash_, offset, CHUNK_BYTES)
+            end = min(size, offset + length) if length else size
+            while first or offset < end:
+                most = min(CHUNK_BYTES, max(0, end - offset))
+                data = await asyncio.to_thread(self._store.read_piece, hash_, offset, most)
                 yield pb.BlobChunk(hash=hash_ if first else "", size=size if first else 0, data=data)
                 first = False
                 offset += len(data)
-            offset = 0
+            offset = length = 0
 
     async def GetLedger(  # noqa: N802 - the name is the service's
         self, request: pb.GetLedgerRequest, context: Context

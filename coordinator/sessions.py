@@ -23,6 +23,7 @@ from protocol.wire import coordinator_pb2 as pb
 log = structlog.get_logger()
 OUTBOX_MESSAGES = 1_000
 MAX_STATE_SOURCES = 4
+MAX_PAYLOAD_PEERS = 32
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class PeerSession:
     name: str
     role: str
     addresses: tuple[str, ...]
+    seed: bool = False  # offers to serve everybody's payloads
     token: str = field(default_factory=lambda: token_hex(32))
     outbox: asyncio.Queue[pb.CoordinatorMessage | None] = field(default_factory=lambda: asyncio.Queue(OUTBOX_MESSAGES))
     heartbeat: pb.Heartbeat = field(default_factory=pb.Heartbeat)
@@ -93,9 +95,17 @@ class Sessions:
 
     def find_state_sources(self, joiner: str) -> list[pb.PeerAddress]:
         """Some connected workers that can be dialled: each kept its state when the last checkpoint was due."""
-        dialable = [s for s in self._by_peer.values() if s.addresses and s.role == "worker" and s.peer != joiner]
-        chosen = random.sample(dialable, min(MAX_STATE_SOURCES, len(dialable)))  # so that joiners spread
-        return [pb.PeerAddress(peer=session.peer, addresses=session.addresses) for session in chosen]
+        dialable = [session for session in self._dialable_workers() if session.peer != joiner]
+        return _sample(dialable, MAX_STATE_SOURCES)  # so that joiners spread
+
+    def find_payload_peers(self) -> list[pb.PeerAddress]:
+        """Who may pass the payloads of a round on: workers that can be dialled, seeds first."""
+        dialable = self._dialable_workers()
+        seeds = _sample([session for session in dialable if session.seed], MAX_PAYLOAD_PEERS)
+        return seeds + _sample([session for session in dialable if not session.seed], MAX_PAYLOAD_PEERS - len(seeds))
+
+    def _dialable_workers(self) -> list[PeerSession]:
+        return [session for session in self._by_peer.values() if session.addresses and session.role == "worker"]
 
     def connected(self) -> list[PeerSession]:
         return list(self._by_peer.values())
@@ -122,8 +132,10 @@ class Sessions:
                     if not effect.accepted:
                         log.warning("contribution refused", peer=effect.peer, reason=effect.reason)
                 case fx.CloseRound():
+                    self._payloads.forget()
                     self._announce_round(effect, committed.entries)
                 case fx.VoidRound():
+                    self._payloads.forget()
                     log.warning("round void", round=effect.round, reason=effect.reason)
                 case fx.RequestResync():
                     log.warning("digest differs", peer=effect.peer, reason=effect.reason)
@@ -138,7 +150,7 @@ class Sessions:
             pb.PayloadSource(payload_hash=credit.payload_hash, peer=credit.peer, addresses=self._addresses(credit.peer))
             for credit in closed.credits
         ]
-        notice = pb.ManifestNotice(manifest=pack(entries[0].signed), sources=sources)
+        notice = pb.ManifestNotice(manifest=pack(entries[0].signed), sources=sources, peers=self.find_payload_peers())
         self._to_all(manifest=notice)
         for entry in entries[1:]:
             receipt = Receipt.model_validate_json(entry.body)
@@ -178,3 +190,8 @@ class Sessions:
     def _to_all(self, **message: object) -> None:
         for session in self.connected():
             session.send(**message)
+
+
+def _sample(sessions: Sequence[PeerSession], most: int) -> list[pb.PeerAddress]:
+    chosen = random.sample(sessions, min(most, len(sessions)))
+    return [pb.PeerAddress(peer=session.peer, addresses=session.addresses, seed=session.seed) for session in chosen]

@@ -68,6 +68,7 @@ class JoinRequest(Document):
     device: Name
     addresses: Annotated[tuple[Annotated[str, StringConstraints(max_length=256)], ...], Field(max_length=16)]
     lease_id: Count | None = Field(description="a lease still worked on after a broken connection")
+    seed: bool = Field(False, description="serves everybody's payloads")
 
 
 class ShardRef(BaseModel):
@@ -98,6 +99,7 @@ class Contribution(Document):
     """A worker's signed header: what it did, and the hash of what it will reveal."""
 
     kind: Literal["contribution"] = "contribution"
+    max_bytes: ClassVar[int] = 320 << 10  # so that the receipt that holds it can be read too
     peer: PeerId
     round: Count
     lease_id: Count
@@ -111,6 +113,7 @@ class Contribution(Document):
     codec: Name
     payload_hash: Hash
     payload_bytes: Count
+    pieces_hash: Hash | None = Field(None, description="blob: the payload's piece index; None when it is one piece")
 
 
 class Accepted(BaseModel):
@@ -122,6 +125,7 @@ class Accepted(BaseModel):
     contribution_hash: Hash
     payload_hash: Hash
     payload_bytes: Count
+    pieces_hash: Hash | None = None
     codec: Name
     tokens: Count
     norm: Share
@@ -187,6 +191,7 @@ class EvaluationReport(Document):
     """The validator's word on one state."""
 
     kind: Literal["evaluation_report"] = "evaluation_report"
+    max_bytes: ClassVar[int] = 4096
     peer: PeerId
     round: Count
     digest: Hash

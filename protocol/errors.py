@@ -60,6 +60,14 @@ class TransferError(ManyhandsError):
         self.reason = reason
 
 
+class NotYetError(TransferError):
+    """The source answered, but cannot give the bytes now; it may be asked again. `coming`: it is fetching them itself."""
+
+    def __init__(self, source: str, reason: str, *, coming: bool = False) -> None:
+        super().__init__(source, reason)
+        self.coming = coming
+
+
 class UnavailableError(ManyhandsError):
     """No source delivered a blob. `failures` maps the blob's hash to (source, reason) pairs in the order of trying."""
 
@@ -69,6 +77,21 @@ class UnavailableError(ManyhandsError):
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         super().__init__(f"blob {blob_hash[:12]}… is not to be had{more}: {why}")
         self.failures = failures
+
+
+class ButterflyError(ManyhandsError):
+    """A butterfly round failed, and nothing was averaged.
+
+    `peer` is the one to blame, as far as that can be told, and `reason` says why; `reported_by` is the peer that says
+    so, where it is not what we saw ourselves.
+    """
+
+    def __init__(self, peer: str, reason: str, reported_by: str = "") -> None:
+        witness = f" (says {reported_by})" if reported_by else ""
+        super().__init__(f"{peer}: {reason}{witness}; nothing was averaged")
+        self.peer = peer
+        self.reason = reason
+        self.reported_by = reported_by
 
 
 class VerificationError(ManyhandsError):

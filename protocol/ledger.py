@@ -127,7 +127,8 @@ def _check_receipt(receipt: Receipt, into: Audit) -> None:
         raise VerificationError("a receipt for a contribution that the manifest does not list")
     if (receipt.peer, receipt.tokens) != (entry.peer, entry.tokens) or header.peer != receipt.peer:
         raise VerificationError("the receipt and the manifest disagree")
-    if header.payload_hash != entry.payload_hash or not set(receipt.shards) <= set(header.shards):
+    named = (header.payload_hash, header.pieces_hash)
+    if named != (entry.payload_hash, entry.pieces_hash) or not set(receipt.shards) <= set(header.shards):
         raise VerificationError("the receipt credits what the worker did not sign")
     units = {(shard.pass_index, shard.index) for shard in receipt.shards}
     shard_tokens = into.genesis.spec.shard_tokens if into.genesis else 0

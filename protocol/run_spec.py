@@ -56,7 +56,7 @@ class TrainSpec(Section):
     tokens: Annotated[int, Field(ge=1)] = Field(4_000_000, description="the run ends when so many are credited")
     batch_sequences: Annotated[int, Field(ge=1, le=1 << 16)] = Field(8, description="sequences in one inner step")
     optimizer: Literal["adamw", "muon"] = Field("muon", description="adamw wants about half the learning rate")
-    learning_rate: Positive = 8e-3
+    learning_rate: Positive = 5e-3
     final_learning_rate_fraction: Fraction = 0.1
     warmup_fraction: Fraction = Field(0.02, description="share of the run's tokens over which the rate rises")
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1

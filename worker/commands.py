@@ -26,7 +26,13 @@ def start(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core.")] = None,
     throttle: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the time to compute.")] = 1.0,
     home: HomeOption = None,
-    loopback: Annotated[bool, typer.Option(help="Serve other workers on this machine only.")] = False,
+    loopback: Annotated[bool, typer.Option("--loopback", help="Serve other workers on this machine only.")] = False,
+    seed: Annotated[
+        bool,
+        typer.Option(
+            "--seed", help="Serve everybody's payloads: for machines with a public address and bandwidth to spare."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Join a run and compute until Ctrl-C. All that a volunteer types is this and the invite.
@@ -51,7 +57,9 @@ def start(
     from worker.live_view import LiveView
 
     set_threads(threads)
-    options = WorkerOptions(name=name or _default_name(), device=device, throttle=throttle, public=not loopback)
+    options = WorkerOptions(
+        name=name or _default_name(), device=device, throttle=throttle, public=not loopback, seed=seed
+    )
     with LiveView(run_home, as_json=as_json) as view:
         worker = Worker(text, run_home, options, on_status=view.update)
         asyncio.run(_run_until_stopped(worker))

@@ -15,6 +15,7 @@ import structlog
 from protocol.codecs import get_codec
 from protocol.documents import Contribution, Genesis, Lease, Manifest, ShardRef, sign
 from protocol.error_feedback import ErrorFeedback
+from protocol.exchange.piece_index import has_index, make_piece_index
 from protocol.exchange.store import BlobStore
 from protocol.identity import Identity
 from protocol.replica import State
@@ -25,6 +26,7 @@ from worker.trainer import LeaseResult, StepReport, Trainer
 
 log = structlog.get_logger()
 SHARD_OVERHEAD_BYTES = 4096
+MAX_CARRIED = 4096  # shards; a header has its limit
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,7 +102,7 @@ class Contributor:
     def _keep_unlisted(self) -> None:
         """The last contribution was in no manifest (late, refused, or a void round): its shards go with the next."""
         if self.pending is not None:
-            self.carried, self.pending = self.pending.shards, None
+            self.carried, self.pending = self.pending.shards[:MAX_CARRIED], None
 
     def _train(
         self,
@@ -144,6 +146,7 @@ class Contributor:
             codec=self._codec.name,
             payload_hash=self._store.put(payload),
             payload_bytes=len(payload),
+            pieces_hash=self._store.put(make_piece_index(payload)) if has_index(len(payload)) else None,
         )
         self.pending = Pending(round=lease.round, payload_hash=header.payload_hash, shards=shards)
         return header, sign(header, self._identity)

@@ -11,7 +11,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import structlog
@@ -19,8 +19,8 @@ import structlog
 from protocol.documents import Genesis, Invite, Lease, Manifest, Receipt
 from protocol.envelope import unpack
 from protocol.errors import ConnectionFailedError, ManyhandsError, UnavailableError, VerificationError
-from protocol.exchange.fetch import Source
 from protocol.exchange.peer import PeerNode, PeerSource
+from protocol.exchange.source import Source
 from protocol.invite import decode_invite
 from protocol.wire import coordinator_pb2 as pb
 from worker.contributor import Contributor
@@ -29,6 +29,7 @@ from worker.follower import Follower
 from worker.home import RunHome
 from worker.lease_work import LeaseWork
 from worker.link import CoordinatorLink, Introduction
+from worker.status import WorkerStatus
 from worker.trainer import StepReport, Trainer
 
 log = structlog.get_logger()
@@ -46,32 +47,8 @@ class WorkerOptions:
     device: str = "auto"
     throttle: float = 1.0  # share of the time that is computed
     public: bool = True  # listen on all interfaces, or on loopback alone
+    seed: bool = False  # serve everybody's payloads
     retry_for_s: float = 24 * 3600.0  # how long a coordinator that went away is tried again
-
-
-@dataclass(slots=True, kw_only=True)
-class WorkerStatus:
-    """What the worker is doing, for the terminal, status.json and heartbeats."""
-
-    name: str
-    peer: str
-    activity: str = "joining"
-    run: str = ""
-    round: int = -1
-    inner_step: int = 0
-    loss: float = 0.0
-    steps_per_s: float = 0.0
-    tokens_per_s: float = 0.0
-    credited_tokens: int = 0
-    accepted: int = 0
-    late_or_refused: int = 0
-    bytes_sent: int = 0  # payloads: pushed to the coordinator and served to other workers
-    bytes_received: int = 0  # payloads from other workers
-    steps_trained: int = 0
-    digest: str = ""
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
 
 
 @dataclass
@@ -150,6 +127,7 @@ class Worker:
             software=f"manyhands {version('manyhands')} {platform.system()}"[:64],
             addresses=self._node.addresses,
             lease_id=self._work.lease.lease_id if self._work and self._work.lease else None,
+            seed=self.options.seed,
         )
 
     async def _converse(self, link: CoordinatorLink) -> None:
@@ -230,7 +208,7 @@ class Worker:
     async def _take(self, message: pb.CoordinatorMessage, link: CoordinatorLink, work: LeaseWork) -> None:
         match message.WhichOneof("message"):
             case "lease":
-                work.begin(link.open(unpack(message.lease), Lease), self._follower.state)
+                await work.begin(link.open(unpack(message.lease), Lease), self._follower.state)
             case "manifest":
                 await self._merge(message.manifest, link, work)
             case "receipt":

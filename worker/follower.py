@@ -9,16 +9,20 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from protocol.documents import Genesis, Manifest
+from protocol.documents import Accepted, Genesis, Manifest
 from protocol.errors import VerificationError
-from protocol.exchange.fetch import Source, fetch_blob, fetch_blobs
+from protocol.exchange.fetch import Wanted, fetch_blob, fetch_blobs
+from protocol.exchange.order import order_sources
+from protocol.exchange.source import PATIENCE, UNLIMITED, Patience, Source
 from protocol.exchange.store import BlobStore
+from protocol.exchange.throttle import Throttle
 from protocol.replica import State, apply_manifest, state_bytes_size
 from protocol.wire import coordinator_pb2 as pb
 from worker.link import CoordinatorLink
 
 log = structlog.get_logger()
 MakeSource = Callable[[str, Sequence[str]], Source | None]  # (peer id, addresses) -> where to try first
+MERGE_PATIENCE = Patience(absent_s=2.0)  # everybody fetches at once: those above in the tree may not have begun
 
 
 class Follower:
@@ -29,11 +33,13 @@ class Follower:
         store: BlobStore,
         make_source: MakeSource | None = None,
         on_manifest: Callable[[Manifest], object] | None = None,
+        downloads: Throttle = UNLIMITED,
     ) -> None:
         self.state: State | None = None
         self._store = store
         self._make_source = make_source
         self._on_manifest = on_manifest  # called once for each manifest that is applied, in order
+        self._downloads = downloads
 
     @property
     def round(self) -> int:
@@ -51,7 +57,7 @@ class Follower:
             self.state = await self._fetch_state(link, link.welcome.checkpoint_digest, checkpoint_round)
         async for manifest in link.manifests_from(self.state.round):
             if manifest.round >= self.state.round:
-                await self._apply(manifest, {}, link)
+                await self._apply(manifest, None, link)
         return self.state
 
     async def apply_notice(self, notice: pb.ManifestNotice, manifest: Manifest, link: CoordinatorLink) -> State:
@@ -59,31 +65,44 @@ class Follower:
         if self.state is None or manifest.round > self.state.round:
             return await self.catch_up(link)
         if manifest.round == self.state.round:
-            sources = {source.payload_hash: (source.peer, tuple(source.addresses)) for source in notice.sources}
-            await self._apply(manifest, sources, link)
+            await self._apply(manifest, notice, link)
         return self.state
 
-    async def _apply(
-        self, manifest: Manifest, sources: dict[str, tuple[str, tuple[str, ...]]], link: CoordinatorLink
-    ) -> None:
+    async def _apply(self, manifest: Manifest, notice: pb.ManifestNotice | None, link: CoordinatorLink) -> None:
         if self.state is None:
             raise VerificationError("there is no state to merge into")
-        wanted = [
-            (entry.payload_hash, entry.payload_bytes, self._sources_of(entry.payload_hash, sources, link))
-            for entry in manifest.contributions
-        ]
-        await fetch_blobs(self._store, wanted, on_failure=_log_failure)
+        wanted = [self._wanted(entry, manifest.base_digest, notice, link) for entry in manifest.contributions]
+        patience = MERGE_PATIENCE if notice else PATIENCE
+        await fetch_blobs(self._store, wanted, patience=patience, throttle=self._downloads, on_failure=_log_failure)
         self.state = await asyncio.to_thread(_merge, self.state, manifest, self._store)
         if self._on_manifest is not None:
             self._on_manifest(manifest)
 
-    def _sources_of(
-        self, payload_hash: str, hints: dict[str, tuple[str, tuple[str, ...]]], link: CoordinatorLink
-    ) -> list[Source]:
-        """The contributor itself, then the coordinator, which holds every payload."""
-        peer, addresses = hints.get(payload_hash, ("", ()))
-        source = self._make_source(peer, addresses) if self._make_source and addresses else None
-        return [source, link] if source else [link]
+    def _wanted(
+        self, entry: Accepted, base_digest: str, notice: pb.ManifestNotice | None, link: CoordinatorLink
+    ) -> Wanted:
+        """Where to look for a payload: at peers, in an order that spares everybody's uplink, then the coordinator."""
+        peers = notice.peers if notice else link.welcome.state_sources
+        addresses = {peer.peer: tuple(peer.addresses) for peer in peers}
+        sources = notice.sources if notice else ()
+        addresses |= {source.peer: tuple(source.addresses) for source in sources if source.addresses}
+        order = order_sources(
+            entry.payload_hash,
+            me=link.peer_id,
+            contributor=entry.peer,
+            seeds=[peer.peer for peer in peers if peer.seed],
+            others=[peer.peer for peer in peers if not peer.seed],
+            salt=base_digest,
+            contributor_dialable=entry.peer in addresses,
+        )
+        found = [self._make_source(peer, addresses[peer]) for peer in order.peers if self._make_source]
+        return Wanted(
+            blob_hash=entry.payload_hash,
+            size_bytes=entry.payload_bytes,
+            sources=[*(source for source in found if source is not None), link],
+            pieces_hash=entry.pieces_hash,
+            parallel=order.parallel,
+        )
 
     async def _fetch_state(self, link: CoordinatorLink, digest: str, round_: int) -> State:
         genesis: Genesis = link.genesis
@@ -92,7 +111,7 @@ class Follower:
         log.info("fetching the state", round=round_, megabytes=round(size / 1e6, 1))
         peers = [self._make_source(s.peer, s.addresses) for s in link.welcome.state_sources if self._make_source]
         sources = [*(source for source in peers if source is not None), link]
-        await fetch_blob(self._store, digest, size, sources, on_failure=_log_failure)
+        await fetch_blob(self._store, digest, size, sources, throttle=self._downloads, on_failure=_log_failure)
         data = await asyncio.to_thread(self._store.read, digest)
         return State.from_bytes(data, round_, genesis.num_parameters, has_momentum)
 

@@ -51,8 +51,9 @@ class LeaseWork:
     def idle(self) -> bool:
         return self._task is None or self._task.done()
 
-    def begin(self, lease: Lease, state: State | None) -> None:
-        """Work on a lease from `state`; one that builds on another state is handed back."""
+    async def begin(self, lease: Lease, state: State | None) -> None:
+        """Work on a lease from `state`, and no longer on an earlier one; one that builds on another is handed back."""
+        await self.end()
         if state is None or lease.base_digest != state.digest:
             self._return(lease, "another state is held here")
             return

@@ -5,8 +5,8 @@ on it. A link is used once: when the connection breaks, the owner opens another.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
@@ -26,7 +26,7 @@ from protocol.documents import (
 from protocol.envelope import pack, unpack
 from protocol.errors import ConnectionFailedError, InviteError, MissingBlobError, RefusedError, VerificationError
 from protocol.exchange.dial import dial
-from protocol.exchange.fetch import BlobSink
+from protocol.exchange.source import BlobSink
 from protocol.exchange.store import BlobStore
 from protocol.identity import Identity
 from protocol.signing import Signed
@@ -49,6 +49,7 @@ class Introduction:
     software: str
     addresses: tuple[str, ...] = ()
     lease_id: int | None = None
+    seed: bool = False
 
 
 class CoordinatorLink:
@@ -91,6 +92,7 @@ class CoordinatorLink:
             device=introduction.device,
             addresses=introduction.addresses,
             lease_id=introduction.lease_id,
+            seed=introduction.seed,
         )
         self.send(join_request=pack(sign(request, self._identity)))
         answer = await self._receive(ANSWER_TIMEOUT_S)
@@ -148,10 +150,19 @@ class CoordinatorLink:
     def name(self) -> str:
         return "the coordinator"
 
+    @property
+    def peer_id(self) -> str:
+        """This side's own."""
+        return self._identity.peer_id
+
     async def fetch(self, blob_hash: str, size_bytes: int, sink: BlobSink) -> None:
-        """As an exchange Source: stream one blob from the coordinator into `sink`, from its offset on."""
-        async for chunk in self._stream_blobs(pb.FetchBlobsRequest(hashes=[blob_hash], offset=sink.offset)):
-            sink.write(chunk.data)
+        """As an exchange Source: stream part of one blob from the coordinator into `sink`."""
+        request = pb.FetchBlobsRequest(hashes=[blob_hash], offset=sink.offset, length=sink.end - sink.offset)
+        async with aclosing(self._stream_blobs(request)) as chunks:
+            async for chunk in chunks:
+                await sink.write(chunk.data)
+                if sink.offset >= sink.end:
+                    return
 
     async def fetch_small_blobs(self, hashes: Sequence[str], store: BlobStore, max_bytes: int) -> None:
         """Fetch the blobs that `store` lacks, each of at most `max_bytes`, into the store."""
@@ -200,8 +211,9 @@ class CoordinatorLink:
         except grpc.aio.AioRpcError as error:
             raise ConnectionFailedError(f"the ledger broke off: {error.details()}") from error
 
-    async def _stream_blobs(self, request: pb.FetchBlobsRequest) -> AsyncIterator[pb.BlobChunk]:
-        stream = self._stub.FetchBlobs(request, metadata=self._metadata).__aiter__()
+    async def _stream_blobs(self, request: pb.FetchBlobsRequest) -> AsyncGenerator[pb.BlobChunk, None]:
+        call = self._stub.FetchBlobs(request, metadata=self._metadata)
+        stream = call.__aiter__()
         try:
             while True:
                 yield await asyncio.wait_for(anext(stream), CHUNK_TIMEOUT_S)
@@ -213,3 +225,5 @@ class CoordinatorLink:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 raise MissingBlobError(f"the coordinator does not have it: {error.details()}") from error
             raise ConnectionFailedError(f"the connection broke: {error.details()}") from error
+        finally:
+            call.cancel()  # whoever has enough before the end

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from worker.daemon import WorkerStatus
 from worker.home import RunHome
+from worker.status import WorkerStatus
 
 WRITE_EVERY_S = 0.5
 

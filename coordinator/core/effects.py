@@ -34,6 +34,7 @@ class CheckPayload:
     payload_hash: str
     payload_bytes: int
     codec: str
+    pieces_hash: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,7 @@ class Credit:
     norm: float
     weight: float
     clip: float
+    pieces_hash: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,6 +73,7 @@ class ContributionCommitted:
     contribution_hash: str
     payload_hash: str
     payload_bytes: int
+    pieces_hash: str | None = None
     kind: Literal["contribution_committed"] = "contribution_committed"
 
 

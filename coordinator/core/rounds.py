@@ -92,6 +92,7 @@ def commit_contribution(state: State, event: ContributionCommitted, now_s: float
         lease_units=[unit for unit in lease.units if unit in done],
         carried_units=[unit for unit in peer.carried if unit in done],
         mean_loss=event.mean_loss,
+        pieces_hash=event.pieces_hash,
     )
     leases.set_status(round_, lease, LeaseStatus.COMMITTED)
     peer.carried = [unit for unit in peer.carried if unit not in done]
@@ -108,6 +109,7 @@ def check_payload(peer: str, candidate: Candidate) -> CheckPayload:
         payload_hash=candidate.payload_hash,
         payload_bytes=candidate.payload_bytes,
         codec=candidate.codec,
+        pieces_hash=candidate.pieces_hash,
     )
 
 
@@ -276,6 +278,7 @@ def _weigh(state: State, accepted: list[LeaseRecord]) -> list[Credit]:
             norm=candidate.norm,
             weight=weight,
             clip=clip,
+            pieces_hash=candidate.pieces_hash,
         )
         for (lease, candidate), weight, clip in zip(candidates, weights, clips, strict=True)
     ]

@@ -69,6 +69,7 @@ class Candidate:
     lease_units: list[Unit]
     carried_units: list[Unit]
     mean_loss: float
+    pieces_hash: str | None = None
     norm: float = 0.0
 
 

@@ -1,4 +1,4 @@
-"""Tables and transactions. SQLite by default, PostgreSQL by URL; one transaction a transition.
+"""Tables and transactions. SQLite by default, PostgreSQL (with psycopg 3) by URL; one transaction a transition.
 
 `commit` writes what one batch of events changed: the events, the ledger entries and the documents that they refer to,
 and the row of a closed round, all or nothing. A snapshot only shortens recovery; the journal is the truth.
@@ -10,14 +10,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sqlalchemy import BigInteger, Engine, Float, Integer, LargeBinary, String, create_engine, event, select
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy import (
+    URL,
+    BigInteger,
+    Engine,
+    Float,
+    Integer,
+    LargeBinary,
+    String,
+    create_engine,
+    event,
+    make_url,
+    select,
+)
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from protocol.errors import ConfigError, DiskFullError, ManyhandsError
 from protocol.signing import Signed
 
 _BIG = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only for INTEGER
+CONNECT_TIMEOUT_S = 10
+_URL_HINT = "in a password, write @ as %40, : as %3A and / as %2F"
 
 
 class Base(DeclarativeBase):
@@ -94,16 +108,21 @@ class Database:
     """One run's database."""
 
     def __init__(self, url: str) -> None:
-        """Open the database and make its tables. Raises ConfigError when it cannot be opened."""
-        self.url = url
+        """Open the database and make its tables. Raises ConfigError when it cannot be opened, DiskFullError when full.
+
+        `url`: an SQLAlchemy URL; `postgresql://` means psycopg 3.
+        """
+        parsed = _parse_url(url)
+        self.name = f"the database {parsed.set(query={}).render_as_string(hide_password=True)}"
         try:
-            self._engine = create_engine(url)
-            if self._engine.dialect.name == "sqlite":
-                event.listen(self._engine, "connect", _set_sqlite_pragmas)
-            with _translate_errors(url):
-                Base.metadata.create_all(self._engine)
-        except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise ConfigError(f"cannot open the database {_hide_password(url)}: {_first_line(error)}") from error
+            self._engine = _connect(parsed)
+            Base.metadata.create_all(self._engine)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{self.name} needs {error.name}: `pip install 'manyhands[postgresql]'`") from error
+        except (SQLAlchemyError, ValueError) as error:
+            if _is_full(error):
+                raise self._disk_full() from error
+            raise ConfigError(f"cannot open {self.name}: {_first_line(error)}") from error
 
     @property
     def engine(self) -> Engine:
@@ -114,7 +133,7 @@ class Database:
 
     def commit(self, batch: Batch) -> None:
         """Write the batch in one transaction. Raises DiskFullError when there is no room; then nothing was written."""
-        with _translate_errors(self.url), Session(self._engine, expire_on_commit=False) as session, session.begin():
+        with self._translate_errors(), Session(self._engine, expire_on_commit=False) as session, session.begin():
             session.add_all(batch.journal)
             session.add_all(batch.ledger)
             session.add_all(batch.rounds)
@@ -184,10 +203,42 @@ class Database:
             row = session.get(DocumentRow, hash_)
             return Signed(body=row.body, public_key=row.public_key, signature=row.signature) if row else None
 
+    @contextmanager
+    def _translate_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (SQLAlchemyError, OSError) as error:
+            if _is_full(error):
+                raise self._disk_full() from error
+            raise ManyhandsError(f"{self.name} failed: {_first_line(error)}") from error
+
+    def _disk_full(self) -> DiskFullError:
+        return DiskFullError(f"the disk of {self.name} is full or read-only; free some space and start again")
+
 
 def sqlite_url(folder: Path) -> str:
     """The URL of a run folder's own database."""
     return f"sqlite:///{folder / 'run.db'}"
+
+
+def _parse_url(url: str) -> URL:
+    """The URL's parts; no error tells any of them, since a password may be in the wrong place."""
+    try:
+        parsed = make_url(url)
+    except (SQLAlchemyError, ValueError) as error:
+        raise ConfigError(f"coordinator.database is not an SQLAlchemy URL; {_URL_HINT}") from error
+    if parsed.get_backend_name() not in ("sqlite", "postgresql") or "@" in (parsed.host or ""):
+        raise ConfigError(f"coordinator.database is neither sqlite:///path nor postgresql://…; {_URL_HINT}")
+    return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
+
+
+def _connect(url: URL) -> Engine:
+    if url.get_backend_name() == "sqlite":
+        engine = create_engine(url)
+        event.listen(engine, "connect", _set_sqlite_pragmas)
+        return engine
+    # A connection that broke while it lay idle is replaced; a server that does not answer is told of soon.
+    return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
 
 
 def _set_sqlite_pragmas(connection: object, _: object) -> None:
@@ -198,28 +249,11 @@ def _set_sqlite_pragmas(connection: object, _: object) -> None:
     cursor.close()
 
 
-@contextmanager
-def _translate_errors(url: str) -> Iterator[None]:
-    try:
-        yield
-    except DBAPIError as error:
-        text = str(error.orig).lower()
-        if "disk is full" in text or "no space left" in text or "readonly" in text or "disk i/o error" in text:
-            raise DiskFullError(
-                f"the disk of {_hide_password(url)} is full or read-only; free some space and start again"
-            ) from error
-        raise ManyhandsError(f"the database {_hide_password(url)} failed: {_first_line(error)}") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
-            raise DiskFullError(
-                f"the disk of {_hide_password(url)} is full; free some space and start again"
-            ) from error
-        raise
-
-
-def _hide_password(url: str) -> str:
-    head, at, tail = url.rpartition("@")
-    return f"{head.rpartition(':')[0]}:***@{tail}" if at and head.count(":") > 1 else url
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+    text = str(getattr(error, "orig", None) or error).lower()
+    return any(sign in text for sign in ("disk is full", "no space left", "readonly", "disk i/o error"))
 
 
 def _first_line(error: Exception) -> str:

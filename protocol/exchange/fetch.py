@@ -1,7 +1,10 @@
 """Get a blob from whoever has it, whatever the transport.
 
-Invariants: only bytes with the right hash enter the store; what came is kept when a source breaks off, and the next
-source goes on from there; a source is called a liar only when every byte came from it; no source can hold a fetch up by
+With a piece index the blob comes in pieces from several sources at once (protocol.exchange.swarm); without one, from
+one source after the other, each going on where the last one broke off.
+
+Invariants: only bytes with the right hash enter the store; what came is kept when a fetch breaks off, and the next one
+goes on from there; a source is called a liar only when the wrong bytes are its own; no source can hold a fetch up by
 silence or by a trickle. Cancelling leaves a partial file that can be resumed, and no task.
 
 It does not rank sources (the caller orders them), remember failures beyond one call, or limit what is worth fetching.
@@ -12,49 +15,30 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import TypeVar
 
-from protocol.errors import DiskFullError, ManyhandsError, TransferError, UnavailableError, VerificationError
+from protocol.errors import ManyhandsError, NotYetError, TransferError, UnavailableError, VerificationError
+from protocol.exchange.piece_index import PieceIndex, has_index, index_bytes
+from protocol.exchange.piece_writer import PieceWriter
+from protocol.exchange.source import PATIENCE, UNLIMITED, WRONG_CONTENT, OnFailure, Patience, Repeats, Source, pull
 from protocol.exchange.store import BlobStore, BlobWriter
+from protocol.exchange.swarm import Swarm
+from protocol.exchange.throttle import Throttle
 
-WRONG_CONTENT = "sent content with another hash"
+PARALLEL = 3  # sources of one blob
+W = TypeVar("W", BlobWriter, PieceWriter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """When to give a source up: `stall_timeout_s` in which it sent less than `min_bytes_per_s` would make."""
+class Wanted:
+    """A blob to fetch. `sources` in the order of preference; `pieces_hash` names its piece index, if it has one."""
 
-    stall_timeout_s: float = 20.0
-    min_bytes_per_s: float = 1024.0
-
-
-PATIENCE = Patience()
-
-
-class BlobSink(Protocol):
-    """Where a source puts the bytes of a blob, in order, from `offset` on."""
-
-    @property
-    def offset(self) -> int: ...
-
-    def write(self, chunk: bytes | memoryview) -> None: ...
-
-
-class Source(Protocol):
-    """One place that may have a blob."""
-
-    @property
-    def name(self) -> str:
-        """The same for the same peer: failures are counted under it."""
-
-    async def fetch(self, blob_hash: str, size_bytes: int, sink: BlobSink) -> None:
-        """Write the bytes from `sink.offset` to `size_bytes`.
-
-        Raises TransferError; any ManyhandsError but DiskFullError counts as this source's failure.
-        """
-
-
-OnFailure = Callable[[Source, str], None]
+    blob_hash: str
+    size_bytes: int
+    sources: Sequence[Source]
+    pieces_hash: str | None = None
+    parallel: int = PARALLEL
 
 
 async def fetch_blob(
@@ -63,37 +47,42 @@ async def fetch_blob(
     size_bytes: int,
     sources: Sequence[Source],
     *,
+    pieces_hash: str | None = None,
+    parallel: int = PARALLEL,
     patience: Patience = PATIENCE,
+    throttle: Throttle = UNLIMITED,
     on_failure: OnFailure | None = None,
 ) -> None:
-    """Put the blob into `store`, trying `sources` in order; does nothing when it is there.
+    """Put the blob into `store`; does nothing when it is there.
 
-    `on_failure` is told of each source that failed and why (WRONG_CONTENT for a liar).
+    `pieces_hash`: its piece index, which is fetched too; then up to `parallel` sources are drawn from at a time, else
+    one. `throttle` limits the rate of all downloads that share it. `on_failure` is told of each source that failed and
+    why (WRONG_CONTENT for a liar).
 
-    Raises UnavailableError with all reasons when no source delivers, DiskFullError, VerificationError for a bad hash.
+    Raises UnavailableError with all reasons when no source delivers, DiskFullError, VerificationError for a bad hash
+    or an index that is another blob's.
     """
     if store.has(blob_hash):
         return
-    failures: list[tuple[str, str]] = []
-    for source in sources:
-        reason = await _fetch_from(source, store, blob_hash, size_bytes, patience)
-        if reason is None:
-            return
-        failures.append((source.name, reason))
-        if on_failure is not None:
-            on_failure(source, reason)
-    raise UnavailableError({blob_hash: tuple(failures)})
+    fetch = _Fetch(store, patience, throttle, on_failure)
+    if pieces_hash is None or not has_index(size_bytes):
+        done = await fetch.whole(blob_hash, size_bytes, sources)
+    else:
+        done = await fetch.in_pieces(blob_hash, size_bytes, sources, pieces_hash, parallel)
+    if not done:
+        raise UnavailableError({blob_hash: tuple(fetch.failures)})
 
 
 async def fetch_blobs(
     store: BlobStore,
-    wanted: Sequence[tuple[str, int, Sequence[Source]]],
+    wanted: Sequence[Wanted],
     *,
     concurrency: int = 4,
     patience: Patience = PATIENCE,
+    throttle: Throttle = UNLIMITED,
     on_failure: OnFailure | None = None,
 ) -> None:
-    """Put all of `wanted`, each (hash, size in bytes, sources), into `store`, `concurrency` at a time.
+    """Put all of `wanted` into `store`, `concurrency` at a time.
 
     A source that failed for one blob is tried last for those that start later. A blob that is not to be had does not
     stop the others: UnavailableError, raised at the end, names all of them. Otherwise as `fetch_blob`.
@@ -102,7 +91,7 @@ async def fetch_blobs(
         raise ValueError("concurrency is at least 1")
     times_failed: Counter[str] = Counter()
     failures: dict[str, tuple[tuple[str, str], ...]] = {}
-    pending = iter({blob_hash: (size_bytes, sources) for blob_hash, size_bytes, sources in wanted}.items())
+    pending = iter({blob.blob_hash: blob for blob in wanted}.values())
 
     def note_failure(source: Source, reason: str) -> None:
         times_failed[source.name] += 1
@@ -110,14 +99,19 @@ async def fetch_blobs(
             on_failure(source, reason)
 
     async def fetch_pending() -> None:
-        for blob_hash, (size_bytes, sources) in pending:
+        for blob in pending:
             try:
                 await fetch_blob(
                     store,
-                    blob_hash,
-                    size_bytes,
-                    sorted(sources, key=lambda source: times_failed[source.name]),  # stable: else the caller's order
+                    blob.blob_hash,
+                    blob.size_bytes,
+                    sorted(
+                        blob.sources, key=lambda source: times_failed[source.name]
+                    ),  # stable: else the caller's order
+                    pieces_hash=blob.pieces_hash,
+                    parallel=blob.parallel,
                     patience=patience,
+                    throttle=throttle,
                     on_failure=note_failure,
                 )
             except UnavailableError as error:
@@ -133,80 +127,95 @@ async def fetch_blobs(
         raise UnavailableError(failures)
 
 
-async def _fetch_from(
-    source: Source, store: BlobStore, blob_hash: str, size_bytes: int, patience: Patience
-) -> str | None:
-    """None when the blob is in the store, else why this source did not deliver it."""
-    while True:
-        writer = await _open_writer(store, blob_hash, size_bytes)
-        with writer:
-            alone = writer.offset == 0
+class _Fetch:
+    """One blob being fetched, and who failed to deliver it."""
+
+    def __init__(self, store: BlobStore, patience: Patience, throttle: Throttle, on_failure: OnFailure | None) -> None:
+        self.failures: list[tuple[str, str]] = []
+        self._store = store
+        self._patience = patience
+        self._throttle = throttle
+        self._on_failure = on_failure
+
+    async def in_pieces(
+        self, blob_hash: str, size_bytes: int, sources: Sequence[Source], pieces_hash: str, parallel: int
+    ) -> bool:
+        """False when no source is left. The index first, then the pieces."""
+        if not await self.whole(pieces_hash, index_bytes(size_bytes), sources):
+            return False
+        failed = {name for name, _ in self.failures}
+        index = PieceIndex.parse(await asyncio.to_thread(self._store.read, pieces_hash), size_bytes)
+        with await _open(partial(PieceWriter, self._store, blob_hash, index)) as writer:
+            swarm = Swarm(
+                writer,
+                blob_hash,
+                [source for source in sources if source.name not in failed],
+                parallel=parallel,
+                patience=self._patience,
+                throttle=self._throttle,
+                on_failure=self._note_failure,
+            )
+            if not await swarm.run():
+                return False
+            await _in_thread(writer.commit)
+            return True
+
+    async def whole(self, blob_hash: str, size_bytes: int, sources: Sequence[Source]) -> bool:
+        """False when no source delivered. One source after the other."""
+        if self._store.has(blob_hash):
+            return True
+        repeats = Repeats(self._patience)
+        for source in sources:
             try:
-                await _pull(source, writer, blob_hash, size_bytes, patience)
-            except DiskFullError:
-                raise
+                await self._fetch_from(source, blob_hash, size_bytes, repeats)
             except TransferError as error:
-                return error.reason
-            except ManyhandsError as error:
-                return str(error)
-            try:
-                writer.commit()
-            except VerificationError:
-                if alone:
-                    return WRONG_CONTENT
-                # Bytes of several sources: which one lied cannot be told. They are gone now; all anew from this one.
+                self._note_failure(source, error.reason)
             else:
-                return None
+                return True
+        return False
+
+    async def _fetch_from(self, source: Source, blob_hash: str, size_bytes: int, repeats: Repeats) -> None:
+        """Return when the blob is in the store. Raises TransferError when this source did not deliver it."""
+        while True:
+            with await _open(partial(self._store.receive, blob_hash, size_bytes)) as writer:
+                alone = writer.offset == 0
+                try:
+                    await pull(source, blob_hash, size_bytes, writer, self._patience, self._throttle)
+                    writer.commit()
+                    return
+                except NotYetError as error:
+                    again = error
+                except VerificationError as error:
+                    if alone:
+                        raise TransferError(source.name, WRONG_CONTENT) from error
+                    # Bytes of several sources: who lied cannot be told. They are gone now; all anew from this one.
+                    continue
+            if not await repeats.pause(again):
+                raise again
+
+    def _note_failure(self, source: Source, reason: str) -> None:
+        self.failures.append((source.name, reason))
+        if self._on_failure is not None:
+            self._on_failure(source, reason)
 
 
-async def _pull(source: Source, writer: BlobWriter, blob_hash: str, size_bytes: int, patience: Patience) -> None:
-    """Let the source write until the blob is complete. Raises TransferError when it stalls or stops early."""
-    try:
-        async with asyncio.timeout(patience.stall_timeout_s) as deadline:
-            sink = _WatchedSink(writer, size_bytes, deadline, patience)
-            if writer.offset == 0 or writer.offset < size_bytes:
-                await source.fetch(blob_hash, size_bytes, sink)
-    except TimeoutError as error:
-        if not deadline.expired():
-            raise
-        if writer.offset != size_bytes:
-            reason = f"stalled at byte {writer.offset} of {size_bytes} for {patience.stall_timeout_s:g} s"
-            raise TransferError(source.name, reason) from error
-    if writer.offset != size_bytes:
-        raise TransferError(source.name, f"ended after {writer.offset} of {size_bytes} bytes")
-
-
-class _WatchedSink:
-    """Hands chunks to the writer, and moves the deadline each time that enough bytes have come."""
-
-    def __init__(self, writer: BlobWriter, size_bytes: int, deadline: asyncio.Timeout, patience: Patience) -> None:
-        self._writer = writer
-        self._size_bytes = size_bytes
-        self._deadline = deadline
-        self._stall_timeout_s = patience.stall_timeout_s
-        self._step_bytes = max(1, int(patience.stall_timeout_s * patience.min_bytes_per_s))
-        self._expected_offset = self._next_offset()
-
-    @property
-    def offset(self) -> int:
-        return self._writer.offset
-
-    def write(self, chunk: bytes | memoryview) -> None:
-        self._writer.write(chunk)
-        if self._writer.offset >= self._expected_offset and not self._deadline.expired():
-            self._deadline.reschedule(asyncio.get_running_loop().time() + self._stall_timeout_s)
-            self._expected_offset = self._next_offset()
-
-    def _next_offset(self) -> int:
-        return min(self._writer.offset + self._step_bytes, self._size_bytes)
-
-
-async def _open_writer(store: BlobStore, blob_hash: str, size_bytes: int) -> BlobWriter:
+async def _open(make: Callable[[], W]) -> W:
     """In a thread: a large partial blob takes seconds to hash again."""
-    opening = asyncio.ensure_future(asyncio.to_thread(store.receive, blob_hash, size_bytes))
+    opening = asyncio.ensure_future(asyncio.to_thread(make))
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
         with suppress(ManyhandsError, OSError), await opening:  # a thread cannot be stopped: wait, close what it opened
             pass
+        raise
+
+
+async def _in_thread(call: Callable[[], None]) -> None:
+    """What must not be closed under a thread's hands: a cancelled caller waits until it is done."""
+    working = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        await asyncio.shield(working)
+    except asyncio.CancelledError:
+        with suppress(ManyhandsError, OSError):
+            await working
         raise

@@ -31,9 +31,10 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
 from protocol.errors import ManyhandsError, TransferError
-from protocol.exchange.fetch import BlobSink
-from protocol.exchange.pieces import PieceExchange, Throttle, receive_piece
+from protocol.exchange.pieces import PieceExchange, receive_piece
+from protocol.exchange.source import BlobSink
 from protocol.exchange.store import BlobStore
+from protocol.exchange.throttle import Throttle
 from protocol.exchange.watchdog import OWN_SESSION, Watchdog
 from protocol.identity import Identity
 
@@ -156,6 +157,11 @@ class PeerNode:
     def bytes_sent(self) -> int:
         return self._exchange.bytes_sent
 
+    @property
+    def p2p(self) -> Any:
+        """The hivemind.P2P below, for other protocols on the same identity."""
+        return self._p2p
+
     async def refresh_addresses(self) -> tuple[str, ...]:
         """Ask the daemon for its addresses, which change with the network. They end in /p2p/ and the peer id.
 
@@ -177,10 +183,10 @@ class PeerNode:
         chunk_timeout_s: float = 20.0,
         connect_timeout_s: float = 10.0,
     ) -> None:
-        """Write the blob's bytes from `sink.offset` on, as that peer sends them; fetch_blob checks their hash.
+        """Write the blob's bytes from `sink.offset` to `sink.end`, as that peer sends them; checking is the sink's part.
 
         `addresses` are hints from anybody: those that cannot be used are passed over, and with none left a connection
-        that is there already is used. Raises TransferError, which names the peer and what went wrong.
+        that is there already is used. Raises TransferError, which names the peer and what went wrong, or NotYetError.
         """
         if not self.alive:
             raise TransferError(peer_id, "cannot be reached: this machine's libp2p daemon is gone")
@@ -219,7 +225,7 @@ class PeerNode:
 
 @dataclass(frozen=True, slots=True)
 class PeerSource:
-    """A protocol.exchange.fetch.Source: one peer, reached through our node."""
+    """A protocol.exchange.source.Source: one peer, reached through our node."""
 
     node: PeerNode
     peer_id: str

@@ -1,10 +1,17 @@
-"""The piece protocol: how one peer hands the rest of a blob to another over a stream that is already authenticated.
+"""The piece protocol: how one peer hands part of a blob to another over a stream that is already authenticated.
 
     -> PieceRequest, after its length in 2 bytes          big-endian throughout
-    <- 1 byte Answer, 8 bytes size of the blob, then, if the answer is PIECE, the blob from `offset` to its end
+    <- 1 byte Answer, 8 bytes size of the blob
+    <- if the answer is PIECE, the blob from `offset` on, in chunks after their length in 4 bytes; 0 ends them
+
+A blob that is being received in pieces is served as far as it has come, and the rest as it comes: the stream waits a
+little for each next piece, and ends where it stops coming. So a payload flows through a tree of peers at once.
+
+The asking side closes the stream. When the serving side does, libp2p's daemon may drop what is still under way.
 
 Invariants: nothing is read or allocated by a length that the other side chose; every wait for the other side has a
-limit; a stream is closed on every way out. It knows asyncio's streams and nothing of libp2p.
+limit, and ends when the other side is gone; a stream is closed on every way out. It knows asyncio's streams and nothing
+of libp2p.
 
 It does not check hashes: whoever commits the blob does.
 """
@@ -18,19 +25,23 @@ from enum import IntEnum
 import structlog
 from google.protobuf.message import DecodeError
 
-from protocol.errors import ManyhandsError, MissingBlobError, TransferError, VerificationError
-from protocol.exchange.fetch import BlobSink
+from protocol.errors import ManyhandsError, MissingBlobError, NotYetError, TransferError, VerificationError
+from protocol.exchange.piece_index import PIECE_BYTES
+from protocol.exchange.source import BlobSink
 from protocol.exchange.store import BlobStore
+from protocol.exchange.throttle import Throttle
 from protocol.wire.coordinator_pb2 import PieceRequest
 
-PIECE_BYTES = 1 << 18
 MAX_STREAMS = 64  # served at a time
 MAX_STREAMS_PER_PEER = 16  # twice what a peer opens, since it sees the end of a stream before we do
 MAX_REQUEST_BYTES = 256
 REQUEST_TIMEOUT_S = 10.0
-DRAIN_TIMEOUT_S = 60.0  # for one piece: a reader slower than 35 kbit/s is dropped
+DRAIN_TIMEOUT_S = 60.0  # for one chunk: a reader slower than 35 kbit/s is dropped
+COMING_TIMEOUT_S = 5.0  # how long a stream waits for a piece that this peer is fetching itself
+COMING_POLL_S = 0.05
 _LENGTH = struct.Struct("!H")
 _HEAD = struct.Struct("!BQ")
+_CHUNK = struct.Struct("!I")
 _log = structlog.get_logger(__name__)
 
 
@@ -41,34 +52,15 @@ class Answer(IntEnum):
     UNKNOWN = 1
     BUSY = 2
     MALFORMED = 3
+    COMING = 4  # it is fetching the blob itself, and has not come to this part yet
 
 
 _REFUSALS = {
     Answer.UNKNOWN: "does not have the blob",
     Answer.BUSY: "is busy with other peers",
     Answer.MALFORMED: "did not understand the request",
+    Answer.COMING: "is still fetching the blob itself",
 }
-
-
-class Throttle:
-    """Spaces out pieces so that together they stay under `max_bps` bits a second; None: no limit."""
-
-    def __init__(self, max_bps: float | None) -> None:
-        if max_bps is not None and max_bps <= 0:
-            raise ValueError("an upload limit is above 0 bit/s")
-        self._max_bps = max_bps
-        self._free_at_s = 0.0
-        quarter_second_bytes = PIECE_BYTES if max_bps is None else int(max_bps / 32)
-        self.piece_bytes = min(PIECE_BYTES, max(4096, quarter_second_bytes))
-
-    async def wait(self, num_bytes: int) -> None:
-        """Return when `num_bytes` may be sent."""
-        if self._max_bps is None:
-            return
-        now_s = asyncio.get_running_loop().time()
-        start_s = max(now_s, self._free_at_s)
-        self._free_at_s = start_s + 8 * num_bytes / self._max_bps
-        await asyncio.sleep(start_s - now_s)
 
 
 class PieceExchange:
@@ -112,18 +104,54 @@ class PieceExchange:
     async def _answer(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
             request = await _read_request(reader)
+        sending = asyncio.ensure_future(self._send(peer_id, request, writer))
+        gone = asyncio.ensure_future(reader.read(1))  # a peer says nothing more: whatever comes is its end
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+                await asyncio.wait({gone}, timeout=DRAIN_TIMEOUT_S)
+        finally:
+            for task in (sending, gone):
+                task.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+
+    async def _send(self, peer_id: str, request: PieceRequest | None, writer: asyncio.StreamWriter) -> None:
         answer, size_bytes = self._judge(peer_id, request)
-        writer.write(_HEAD.pack(answer, size_bytes))
         if request is None or answer is not Answer.PIECE:
+            writer.write(_HEAD.pack(answer, size_bytes))
             return
         offset = request.offset
-        while piece := self._store.read_piece(request.hash, offset, self._throttle.piece_bytes):
-            await self._throttle.wait(len(piece))
-            writer.write(piece)
+        end = min(size_bytes, offset + request.length) if request.length else size_bytes
+        chunk = await self._read(request.hash, offset, end)
+        if not chunk and offset < end:
+            answer = Answer.COMING
+        writer.write(_HEAD.pack(answer, size_bytes))
+        while chunk:
+            await self._throttle.wait(len(chunk))
+            writer.write(_CHUNK.pack(len(chunk)) + chunk)
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
                 await writer.drain()
-            offset += len(piece)
-            self.bytes_sent += len(piece)
+            offset += len(chunk)
+            self.bytes_sent += len(chunk)
+            chunk = await self._read(request.hash, offset, end)
+        if answer is Answer.PIECE:
+            writer.write(_CHUNK.pack(0))
+
+    async def _read(self, blob_hash: str, offset: int, end: int) -> bytes:
+        """The next bytes to send; empty at the end, and when they do not come in time. Raises MissingBlobError."""
+        num_bytes = min(self._throttle.chunk_bytes, end - offset)
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + COMING_TIMEOUT_S
+        while num_bytes:
+            arriving = self._store.arriving.get(blob_hash)
+            if arriving is None:
+                return self._store.read_piece(blob_hash, offset, num_bytes)
+            chunk = arriving.read_piece(offset, num_bytes)
+            if chunk or loop.time() >= until_s:
+                return chunk
+            await asyncio.sleep(COMING_POLL_S)
+        return b""
 
     def _judge(self, peer_id: str, request: PieceRequest | None) -> tuple[Answer, int]:
         """What to answer, and the size of the blob in bytes."""
@@ -132,7 +160,8 @@ class PieceExchange:
         try:
             if request is None:
                 return Answer.MALFORMED, 0
-            size_bytes = self._store.size(request.hash)
+            arriving = self._store.arriving.get(request.hash)
+            size_bytes = arriving.size_bytes if arriving is not None else self._store.size(request.hash)
         except VerificationError:
             return Answer.MALFORMED, 0
         except MissingBlobError:
@@ -151,23 +180,42 @@ async def receive_piece(
     writer: asyncio.StreamWriter,
     chunk_timeout_s: float,
 ) -> None:
-    """The fetching side: write the blob's bytes from `sink.offset` to `size_bytes`, never more, into `sink`.
+    """The fetching side: write the blob's bytes from `sink.offset` to `sink.end`, never more, into `sink`.
 
-    Raises TransferError when the peer refuses, names another size, is silent for `chunk_timeout_s`, or ends early.
+    Raises NotYetError when the peer may be asked again, else TransferError: it refuses, names another size, is silent
+    for `chunk_timeout_s`, or ends early. What the sink raises is passed on.
     """
-    request = PieceRequest(hash=blob_hash, offset=sink.offset).SerializeToString()
+    start, end = sink.offset, sink.end
+    request = PieceRequest(hash=blob_hash, offset=start, length=end - start).SerializeToString()
     writer.write(_LENGTH.pack(len(request)) + request)
     code, its_size_bytes = _HEAD.unpack(await _read(reader.readexactly(_HEAD.size), peer_id, chunk_timeout_s))
+    if code in (Answer.UNKNOWN, Answer.BUSY, Answer.COMING):
+        raise NotYetError(peer_id, _REFUSALS[Answer(code)], coming=code == Answer.COMING)
     if code != Answer.PIECE:
         raise TransferError(peer_id, _REFUSALS.get(code, "gave an unknown answer"))
     if its_size_bytes != size_bytes:
         raise TransferError(peer_id, f"has the blob with {its_size_bytes} bytes; {size_bytes} were announced")
-    while sink.offset < size_bytes:
-        wanted_bytes = min(PIECE_BYTES, size_bytes - sink.offset)
-        chunk = await _read(reader.read(wanted_bytes), peer_id, chunk_timeout_s)
-        if not chunk:
-            raise TransferError(peer_id, f"ended after {sink.offset} of {size_bytes} bytes")
-        sink.write(chunk)
+    while sink.offset < sink.end:
+        (num_bytes,) = _CHUNK.unpack(await _read(reader.readexactly(_CHUNK.size), peer_id, chunk_timeout_s))
+        if num_bytes > end - sink.offset:
+            raise TransferError(peer_id, "sent more than was asked for")
+        if not num_bytes:
+            reason = f"ended after {sink.offset} of {size_bytes} bytes"
+            if sink.offset > start:  # it is fetching the blob itself
+                raise NotYetError(peer_id, reason, coming=True)
+            raise TransferError(peer_id, reason)
+        await _receive_chunk(num_bytes, sink, peer_id, reader, chunk_timeout_s)
+
+
+async def _receive_chunk(
+    num_bytes: int, sink: BlobSink, peer_id: str, reader: asyncio.StreamReader, chunk_timeout_s: float
+) -> None:
+    while num_bytes and sink.offset < sink.end:
+        part = await _read(reader.read(min(num_bytes, PIECE_BYTES)), peer_id, chunk_timeout_s)
+        if not part:
+            raise TransferError(peer_id, f"the connection broke after {sink.offset} bytes")
+        num_bytes -= len(part)
+        await sink.write(part)
 
 
 async def _read(reading: Awaitable[bytes], peer_id: str, timeout_s: float) -> bytes:

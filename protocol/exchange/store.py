@@ -6,6 +6,7 @@ raises DiskFullError and leaves everything that was committed as it was.
 
     ab/ab12…           a blob
     ab/ab12….part      being received, kept after a break so that the next try goes on from there; one writer at a time
+    ab/ab12….pieces    the same for a blob that arrives in pieces, with holes (protocol.exchange.piece_writer)
     ab/*.tmp           a write in progress
 
 All calls block; an event loop runs the long ones in a thread. Several threads and processes may share a folder. Which
@@ -24,7 +25,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from protocol.errors import DiskFullError, MissingBlobError, VerificationError
 from protocol.signing import sha256_hex
@@ -36,7 +37,7 @@ _DISK_ERRORS = {
     errno.EROFS: "is on a read-only disk; make it writable or choose another folder",
 }
 _ABANDONED_AFTER_S = 3600.0  # an unfinished file untouched for so long has lost its writer
-_PART, _TEMPORARY = ".part", ".tmp"
+_PART, _PIECES, _TEMPORARY = ".part", ".pieces", ".tmp"
 
 
 @contextmanager
@@ -50,14 +51,25 @@ def naming_full_disks(folder: Path) -> Iterator[None]:
         raise DiskFullError(f"{folder} {_DISK_ERRORS[error.errno]}") from error
 
 
+class Arriving(Protocol):
+    """A blob that is being received in pieces: what came is verified, and may be handed on."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def read_piece(self, offset: int, max_bytes: int) -> bytes:
+        """At most `max_bytes` from `offset` on; empty when they are not here yet."""
+
+
 class BlobStore:
-    """Blobs in `folder`, which is made at the first write.
+    """Blobs in `folder`, which is made at the first write. `arriving`: what this process is receiving in pieces.
 
     Every method that takes a hash raises VerificationError when it is not 64 lower-case hex digits.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.arriving: dict[str, Arriving] = {}
 
     def path(self, blob_hash: str) -> Path:
         """Where the blob of that hash is, or would be."""
@@ -148,7 +160,7 @@ class BlobStore:
         for changed_s, size_bytes, path in files:
             if freed_bytes >= excess_bytes:
                 break
-            unfinished = path.suffix in (_PART, _TEMPORARY)
+            unfinished = path.suffix in (_PART, _PIECES, _TEMPORARY)
             if path.name in keep or (unfinished and changed_s > abandoned_before_s):
                 continue
             path.unlink(missing_ok=True)
@@ -178,9 +190,7 @@ class BlobWriter:
         self._offset = 0
         with naming_full_disks(folder):
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = _open_part(path)
-            self._resumable = part is not None
-            self._file = part if part is not None else _open_temporary(path)
+            self._file, self._resumable = open_part(path)
             if not resume:
                 self._file.truncate(0)
             self._take_up()
@@ -189,6 +199,11 @@ class BlobWriter:
     def offset(self) -> int:
         """Bytes that are here already."""
         return self._offset
+
+    @property
+    def end(self) -> int:
+        """Bytes of the whole blob."""
+        return self._size_bytes
 
     def write(self, chunk: bytes | memoryview) -> None:
         """Append. Raises VerificationError, and drops what came, when the blob grows beyond its size; DiskFullError."""
@@ -221,7 +236,7 @@ class BlobWriter:
             Path(self._file.name).replace(self._path)
             self._file.close()
             if durable:
-                _flush_folder(self._path.parent)
+                flush_folder(self._path.parent)
 
     def __enter__(self) -> Self:
         return self
@@ -242,7 +257,6 @@ class BlobWriter:
         if kept_bytes > self._size_bytes:
             self._file.truncate(0)
             return
-        self._file.seek(0)  # append mode opens at the end
         while self._offset < kept_bytes and (chunk := self._file.read(1 << 20)):
             self._sha256.update(chunk)
             self._offset += len(chunk)
@@ -252,19 +266,22 @@ class BlobWriter:
         self._file.close()
 
 
-def _open_part(path: Path) -> FileIO | None:
-    """Open and lock the `.part` file of a blob; None while another writer holds it."""
-    part = path.with_name(path.name + _PART)
+def open_part(path: Path, *, in_pieces: bool = False) -> tuple[FileIO, bool]:
+    """Open and lock the unfinished file of a blob, and whether a later try may go on with it.
+
+    While another writer holds it, that is a temporary file instead.
+    """
+    part = path.with_name(path.name + (_PIECES if in_pieces else _PART))
     while True:
-        file = part.open("ab+", buffering=0)
+        file = FileIO(str(part), "r+", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            return None
+            return _open_temporary(path), False
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), part.stat()):
-                return file
+                return file, True
         file.close()  # the writer before us committed or removed it between our open and our lock
 
 
@@ -285,10 +302,10 @@ def _write_file(path: Path, data: bytes | memoryview, durable: bool) -> None:
             Path(file.name).unlink(missing_ok=True)
             raise
     if durable:
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

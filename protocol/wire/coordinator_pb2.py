@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotocol/wire/coordinator.proto\x12\x0cmanyhands.v1\"E\n\x0eSignedDocument\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\xef\x02\n\x0bPeerMessage\x12\x34\n\x0cjoin_request\x18\x01 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocumentH\x00\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x17.manyhands.v1.HeartbeatH\x00\x12\x34\n\x0c\x63ontribution\x18\x03 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocumentH\x00\x12*\n\x05state\x18\x04 \x01(\x0b\x32\x19.manyhands.v1.StateReportH\x00\x12\x31\n\x0clease_return\x18\x05 \x01(\x0b\x32\x19.manyhands.v1.LeaseReturnH\x00\x12\x32\n\nevaluation\x18\x06 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocumentH\x00\x12(\n\x07leaving\x18\x07 \x01(\x0b\x32\x15.manyhands.v1.LeavingH\x00\x42\t\n\x07message\"\x96\x01\n\tHeartbeat\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x13\n\x0bsteps_per_s\x18\x02 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x03 \x01(\x01\x12\x12\n\ninner_step\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x12\n\nbytes_sent\x18\x06 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x07 \x01(\x04\"I\n\x0bStateReport\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x1b\n\x13\x63laimed_steps_per_s\x18\x03 \x01(\x01\"/\n\x0bLeaseReturn\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x19\n\x07Leaving\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xec\x03\n\x12\x43oordinatorMessage\x12,\n\tchallenge\x18\x01 \x01(\x0b\x32\x17.manyhands.v1.ChallengeH\x00\x12(\n\x07welcome\x18\x02 \x01(\x0b\x32\x15.manyhands.v1.WelcomeH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.manyhands.v1.RefusedH\x00\x12-\n\x05lease\x18\x04 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocumentH\x00\x12\x30\n\x08manifest\x18\x05 \x01(\x0b\x32\x1c.manyhands.v1.ManifestNoticeH\x00\x12/\n\x07receipt\x18\x06 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocumentH\x00\x12\x34\n\x07verdict\x18\x07 \x01(\x0b\x32!.manyhands.v1.ContributionVerdictH\x00\x12&\n\x06resync\x18\x08 \x01(\x0b\x32\x14.manyhands.v1.ResyncH\x00\x12*\n\x05phase\x18\t \x01(\x0b\x32\x19.manyhands.v1.PhaseNoticeH\x00\x12-\n\x06wanted\x18\n \x01(\x0b\x32\x1b.manyhands.v1.PayloadWantedH\x00\x42\t\n\x07message\"4\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\"\xf6\x01\n\x07Welcome\x12-\n\x07genesis\x18\x01 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocument\x12\x15\n\rsession_token\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x04 \x01(\t\x12\x18\n\x10\x63heckpoint_round\x18\x05 \x01(\x04\x12\x19\n\x11\x63heckpoint_digest\x18\x06 \x01(\t\x12\x19\n\x11heartbeat_every_s\x18\x07 \x01(\x01\x12\x30\n\rstate_sources\x18\x08 \x03(\x0b\x32\x19.manyhands.v1.PeerAddress\".\n\x0bPeerAddress\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"\'\n\x07Refused\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"F\n\rPayloadSource\x12\x14\n\x0cpayload_hash\x18\x01 \x01(\t\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x11\n\taddresses\x18\x03 \x03(\t\"n\n\x0eManifestNotice\x12.\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocument\x12,\n\x07sources\x18\x02 \x03(\x0b\x32\x1b.manyhands.v1.PayloadSource\"%\n\rPayloadWanted\x12\x14\n\x0cpayload_hash\x18\x01 \x01(\t\"M\n\x13\x43ontributionVerdict\x12\x14\n\x0cpayload_hash\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x18\n\x06Resync\x12\x0e\n\x06reason\x18\x01 \x01(\t\",\n\x0bPhaseNotice\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"5\n\tBlobChunk\x12\x0c\n\x04hash\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"/\n\rPushBlobReply\x12\x0e\n\x06stored\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"3\n\x11\x46\x65tchBlobsRequest\x12\x0e\n\x06hashes\x18\x01 \x03(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"P\n\x10GetLedgerRequest\x12\x10\n\x08\x66rom_seq\x18\x01 \x01(\x04\x12\x16\n\x0emanifests_only\x18\x02 \x01(\x08\x12\x12\n\nfrom_round\x18\x03 \x01(\x04\"@\n\x0fOperatorRequest\x12-\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocument\"\x1d\n\rOperatorReply\x12\x0c\n\x04json\x18\x01 \x01(\t\",\n\x0cPieceRequest\x12\x0c\n\x04hash\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x32\x82\x03\n\x12\x43oordinatorService\x12J\n\x07Session\x12\x19.manyhands.v1.PeerMessage\x1a .manyhands.v1.CoordinatorMessage(\x01\x30\x01\x12\x42\n\x08PushBlob\x12\x17.manyhands.v1.BlobChunk\x1a\x1b.manyhands.v1.PushBlobReply(\x01\x12H\n\nFetchBlobs\x12\x1f.manyhands.v1.FetchBlobsRequest\x1a\x17.manyhands.v1.BlobChunk0\x01\x12K\n\tGetLedger\x12\x1e.manyhands.v1.GetLedgerRequest\x1a\x1c.manyhands.v1.SignedDocument0\x01\x12\x45\n\x07Operate\x12\x1d.manyhands.v1.OperatorRequest\x1a\x1b.manyhands.v1.OperatorReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotocol/wire/coordinator.proto\x12\x0cmanyhands.v1\"E\n\x0eSignedDocument\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\xef\x02\n\x0bPeerMessage\x12\x34\n\x0cjoin_request\x18\x01 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocumentH\x00\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x17.manyhands.v1.HeartbeatH\x00\x12\x34\n\x0c\x63ontribution\x18\x03 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocumentH\x00\x12*\n\x05state\x18\x04 \x01(\x0b\x32\x19.manyhands.v1.StateReportH\x00\x12\x31\n\x0clease_return\x18\x05 \x01(\x0b\x32\x19.manyhands.v1.LeaseReturnH\x00\x12\x32\n\nevaluation\x18\x06 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocumentH\x00\x12(\n\x07leaving\x18\x07 \x01(\x0b\x32\x15.manyhands.v1.LeavingH\x00\x42\t\n\x07message\"\x96\x01\n\tHeartbeat\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x13\n\x0bsteps_per_s\x18\x02 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x03 \x01(\x01\x12\x12\n\ninner_step\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x12\n\nbytes_sent\x18\x06 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x07 \x01(\x04\"I\n\x0bStateReport\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x1b\n\x13\x63laimed_steps_per_s\x18\x03 \x01(\x01\"/\n\x0bLeaseReturn\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x19\n\x07Leaving\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xec\x03\n\x12\x43oordinatorMessage\x12,\n\tchallenge\x18\x01 \x01(\x0b\x32\x17.manyhands.v1.ChallengeH\x00\x12(\n\x07welcome\x18\x02 \x01(\x0b\x32\x15.manyhands.v1.WelcomeH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.manyhands.v1.RefusedH\x00\x12-\n\x05lease\x18\x04 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocumentH\x00\x12\x30\n\x08manifest\x18\x05 \x01(\x0b\x32\x1c.manyhands.v1.ManifestNoticeH\x00\x12/\n\x07receipt\x18\x06 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocumentH\x00\x12\x34\n\x07verdict\x18\x07 \x01(\x0b\x32!.manyhands.v1.ContributionVerdictH\x00\x12&\n\x06resync\x18\x08 \x01(\x0b\x32\x14.manyhands.v1.ResyncH\x00\x12*\n\x05phase\x18\t \x01(\x0b\x32\x19.manyhands.v1.PhaseNoticeH\x00\x12-\n\x06wanted\x18\n \x01(\x0b\x32\x1b.manyhands.v1.PayloadWantedH\x00\x42\t\n\x07message\"4\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\"\xf6\x01\n\x07Welcome\x12-\n\x07genesis\x18\x01 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocument\x12\x15\n\rsession_token\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x04 \x01(\t\x12\x18\n\x10\x63heckpoint_round\x18\x05 \x01(\x04\x12\x19\n\x11\x63heckpoint_digest\x18\x06 \x01(\t\x12\x19\n\x11heartbeat_every_s\x18\x07 \x01(\x01\x12\x30\n\rstate_sources\x18\x08 \x03(\x0b\x32\x19.manyhands.v1.PeerAddress\"<\n\x0bPeerAddress\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x08\"\'\n\x07Refused\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"F\n\rPayloadSource\x12\x14\n\x0cpayload_hash\x18\x01 \x01(\t\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x11\n\taddresses\x18\x03 \x03(\t\"\x98\x01\n\x0eManifestNotice\x12.\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocument\x12,\n\x07sources\x18\x02 \x03(\x0b\x32\x1b.manyhands.v1.PayloadSource\x12(\n\x05peers\x18\x03 \x03(\x0b\x32\x19.manyhands.v1.PeerAddress\"%\n\rPayloadWanted\x12\x14\n\x0cpayload_hash\x18\x01 \x01(\t\"M\n\x13\x43ontributionVerdict\x12\x14\n\x0cpayload_hash\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x18\n\x06Resync\x12\x0e\n\x06reason\x18\x01 \x01(\t\",\n\x0bPhaseNotice\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"5\n\tBlobChunk\x12\x0c\n\x04hash\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"/\n\rPushBlobReply\x12\x0e\n\x06stored\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"C\n\x11\x46\x65tchBlobsRequest\x12\x0e\n\x06hashes\x18\x01 \x03(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"P\n\x10GetLedgerRequest\x12\x10\n\x08\x66rom_seq\x18\x01 \x01(\x04\x12\x16\n\x0emanifests_only\x18\x02 \x01(\x08\x12\x12\n\nfrom_round\x18\x03 \x01(\x04\"@\n\x0fOperatorRequest\x12-\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x1c.manyhands.v1.SignedDocument\"\x1d\n\rOperatorReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"<\n\x0cPieceRequest\x12\x0c\n\x04hash\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x32\x82\x03\n\x12\x43oordinatorService\x12J\n\x07Session\x12\x19.manyhands.v1.PeerMessage\x1a .manyhands.v1.CoordinatorMessage(\x01\x30\x01\x12\x42\n\x08PushBlob\x12\x17.manyhands.v1.BlobChunk\x1a\x1b.manyhands.v1.PushBlobReply(\x01\x12H\n\nFetchBlobs\x12\x1f.manyhands.v1.FetchBlobsRequest\x1a\x17.manyhands.v1.BlobChunk0\x01\x12K\n\tGetLedger\x12\x1e.manyhands.v1.GetLedgerRequest\x1a\x1c.manyhands.v1.SignedDocument0\x01\x12\x45\n\x07Operate\x12\x1d.manyhands.v1.OperatorRequest\x1a\x1b.manyhands.v1.OperatorReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,35 +50,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WELCOME']._serialized_start=1344
   _globals['_WELCOME']._serialized_end=1590
   _globals['_PEERADDRESS']._serialized_start=1592
-  _globals['_PEERADDRESS']._serialized_end=1638
-  _globals['_REFUSED']._serialized_start=1640
-  _globals['_REFUSED']._serialized_end=1679
-  _globals['_PAYLOADSOURCE']._serialized_start=1681
-  _globals['_PAYLOADSOURCE']._serialized_end=1751
-  _globals['_MANIFESTNOTICE']._serialized_start=1753
-  _globals['_MANIFESTNOTICE']._serialized_end=1863
-  _globals['_PAYLOADWANTED']._serialized_start=1865
-  _globals['_PAYLOADWANTED']._serialized_end=1902
-  _globals['_CONTRIBUTIONVERDICT']._serialized_start=1904
-  _globals['_CONTRIBUTIONVERDICT']._serialized_end=1981
-  _globals['_RESYNC']._serialized_start=1983
-  _globals['_RESYNC']._serialized_end=2007
-  _globals['_PHASENOTICE']._serialized_start=2009
-  _globals['_PHASENOTICE']._serialized_end=2053
-  _globals['_BLOBCHUNK']._serialized_start=2055
-  _globals['_BLOBCHUNK']._serialized_end=2108
-  _globals['_PUSHBLOBREPLY']._serialized_start=2110
-  _globals['_PUSHBLOBREPLY']._serialized_end=2157
-  _globals['_FETCHBLOBSREQUEST']._serialized_start=2159
-  _globals['_FETCHBLOBSREQUEST']._serialized_end=2210
-  _globals['_GETLEDGERREQUEST']._serialized_start=2212
-  _globals['_GETLEDGERREQUEST']._serialized_end=2292
-  _globals['_OPERATORREQUEST']._serialized_start=2294
-  _globals['_OPERATORREQUEST']._serialized_end=2358
-  _globals['_OPERATORREPLY']._serialized_start=2360
-  _globals['_OPERATORREPLY']._serialized_end=2389
-  _globals['_PIECEREQUEST']._serialized_start=2391
-  _globals['_PIECEREQUEST']._serialized_end=2435
-  _globals['_COORDINATORSERVICE']._serialized_start=2438
-  _globals['_COORDINATORSERVICE']._serialized_end=2824
+  _globals['_PEERADDRESS']._serialized_end=1652
+  _globals['_REFUSED']._serialized_start=1654
+  _globals['_REFUSED']._serialized_end=1693
+  _globals['_PAYLOADSOURCE']._serialized_start=1695
+  _globals['_PAYLOADSOURCE']._serialized_end=1765
+  _globals['_MANIFESTNOTICE']._serialized_start=1768
+  _globals['_MANIFESTNOTICE']._serialized_end=1920
+  _globals['_PAYLOADWANTED']._serialized_start=1922
+  _globals['_PAYLOADWANTED']._serialized_end=1959
+  _globals['_CONTRIBUTIONVERDICT']._serialized_start=1961
+  _globals['_CONTRIBUTIONVERDICT']._serialized_end=2038
+  _globals['_RESYNC']._serialized_start=2040
+  _globals['_RESYNC']._serialized_end=2064
+  _globals['_PHASENOTICE']._serialized_start=2066
+  _globals['_PHASENOTICE']._serialized_end=2110
+  _globals['_BLOBCHUNK']._serialized_start=2112
+  _globals['_BLOBCHUNK']._serialized_end=2165
+  _globals['_PUSHBLOBREPLY']._serialized_start=2167
+  _globals['_PUSHBLOBREPLY']._serialized_end=2214
+  _globals['_FETCHBLOBSREQUEST']._serialized_start=2216
+  _globals['_FETCHBLOBSREQUEST']._serialized_end=2283
+  _globals['_GETLEDGERREQUEST']._serialized_start=2285
+  _globals['_GETLEDGERREQUEST']._serialized_end=2365
+  _globals['_OPERATORREQUEST']._serialized_start=2367
+  _globals['_OPERATORREQUEST']._serialized_end=2431
+  _globals['_OPERATORREPLY']._serialized_start=2433
+  _globals['_OPERATORREPLY']._serialized_end=2462
+  _globals['_PIECEREQUEST']._serialized_start=2464
+  _globals['_PIECEREQUEST']._serialized_end=2524
+  _globals['_COORDINATORSERVICE']._serialized_start=2527
+  _globals['_COORDINATORSERVICE']._serialized_end=2913
 # @@protoc_insertion_point(module_scope)

@@ -1,13 +1,10 @@
 """Blobs between real libp2p nodes on loopback, and what is left behind when a process is killed."""
 
 import asyncio
-import json
 import os
 import socket
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,92 +14,45 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protocol.errors import ManyhandsError, TransferError, UnavailableError
-from protocol.exchange.fetch import WRONG_CONTENT, BlobSink, Patience, Source, fetch_blob, fetch_blobs
+from protocol.exchange.fetch import Wanted, fetch_blob, fetch_blobs
+from protocol.exchange.order import order_sources
 from protocol.exchange.peer import MAX_ADDRESSES, PeerNode, PeerSource, dialable
+from protocol.exchange.source import WRONG_CONTENT, Patience, Source
 from protocol.exchange.store import BlobStore
+from protocol.exchange.throttle import Throttle
 from protocol.identity import Identity
+from tests.nodes import (
+    TINY_BPS,
+    Payload,
+    Peer,
+    StartPeer,
+    WatchedSource,
+    contribute,
+    daemon_of,
+    open_peers,
+    peer_process,
+)
 
 # hivemind uses importlib.resources.path, which is deprecated from 3.11 to 3.12
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning:hivemind.p2p.p2p_daemon")
 
 DATA = b"".join(index.to_bytes(4, "big") for index in range(750_000))
-TINY_BPS = 8 * 4096 / 100  # a piece of 4 KiB at once, the next after 100 s
 STRANGER = Identity.generate().peer_id
-NODE_SCRIPT = """
-import asyncio, json, sys
-from pathlib import Path
-import psutil
-from protocol.exchange.peer import PeerNode
-from protocol.exchange.store import BlobStore
-
-async def main():
-    folder = Path(sys.argv[1])
-    store, options = BlobStore(folder / "blobs"), json.loads(sys.argv[2])
-    node = await PeerNode.start(store, folder / "identity", public=False, **options)
-    helpers = [child.pid for child in psutil.Process().children()]
-    print(json.dumps([node.peer_id, node.addresses, helpers, str(node._folder)]), flush=True)
-    await asyncio.Event().wait()
-
-asyncio.run(main())
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
-    """A node, its store, and how to reach it from another."""
-
-    node: PeerNode
-    store: BlobStore
-
-    def source(self, other: "Peer") -> PeerSource:
-        return PeerSource(self.node, other.node.peer_id, other.node.addresses)
-
-
-@dataclass
-class AnnouncingSource:
-    """A source that says when the first bytes have come."""
-
-    source: PeerSource
-    began: asyncio.Event = field(default_factory=asyncio.Event)
-    sink: BlobSink | None = None
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def offset(self) -> int:
-        assert self.sink is not None
-        return self.sink.offset
-
-    def write(self, chunk: bytes | memoryview) -> None:
-        assert self.sink is not None
-        self.sink.write(chunk)
-        self.began.set()
-
-    async def fetch(self, blob_hash: str, size_bytes: int, sink: BlobSink) -> None:
-        self.sink = sink
-        await self.source.fetch(blob_hash, size_bytes, self)
-
-
-StartPeer = Callable[..., Awaitable[Peer]]
 
 
 @pytest.fixture
 async def start_peer(tmp_path: Path) -> AsyncIterator[StartPeer]:
-    async with AsyncExitStack() as stack:
-
-        async def start(name: str, **options: object) -> Peer:
-            store = BlobStore(tmp_path / name)
-            node = await PeerNode.start(store, tmp_path / f"{name}.key", public=False, **options)  # type: ignore[arg-type]
-            return Peer(node=await stack.enter_async_context(node), store=store)
-
+    async with open_peers(tmp_path) as start:
         yield start
 
 
-def daemon_of(node: PeerNode) -> psutil.Process:
-    sockets = str(node._folder)
-    return next(child for child in psutil.Process().children() if any(sockets in word for word in child.cmdline()))
+class NoSink:
+    """Takes nothing."""
+
+    offset, end = 0, 5
+
+    async def write(self, chunk: bytes | memoryview) -> None:
+        raise AssertionError
 
 
 def has_ended(process: psutil.Process) -> bool:
@@ -112,21 +62,6 @@ def has_ended(process: psutil.Process) -> bool:
     except psutil.TimeoutExpired:
         return process.status() == psutil.STATUS_ZOMBIE
     return True
-
-
-@contextmanager
-def peer_process(
-    folder: Path, **options: object
-) -> Iterator[tuple[subprocess.Popen[str], str, list[str], list[int], Path]]:
-    """A node in a process of its own: the process, peer id, addresses, the pids of its helpers, its socket folder."""
-    command = [sys.executable, "-W", "ignore", "-c", NODE_SCRIPT, str(folder), json.dumps(options)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            peer_id, addresses, helpers, sockets = json.loads(process.stdout.readline())
-            yield process, peer_id, addresses, helpers, Path(sockets)
-        finally:
-            process.kill()
 
 
 @pytest.mark.parametrize("data", [b"x", DATA], ids=["1 B", "3 MB"])
@@ -169,8 +104,113 @@ async def test_eight_blobs_come_at_once_when_fetched_concurrently(start_peer: St
     first, second = await start_peer("first"), await start_peer("second")
     blobs = [DATA[index * 300_000 :][:300_000] for index in range(8)]
     hashes = [first.store.put(blob) for blob in blobs]
-    await fetch_blobs(second.store, [(h, 300_000, [second.source(first)]) for h in hashes], concurrency=8)
+    wanted = [Wanted(blob_hash=h, size_bytes=300_000, sources=[second.source(first)]) for h in hashes]
+    await fetch_blobs(second.store, wanted, concurrency=8)
     assert [second.store.read(h) for h in hashes] == blobs
+
+
+async def test_last_bytes_arrive_when_the_fetching_peer_is_slow(start_peer: StartPeer) -> None:
+    """The sender is done long before: if it closed the stream first, the daemon could drop what is under way."""
+    first, second = await start_peer("first"), await start_peer("second")
+    blob_hash = first.store.put(DATA[:600_000])
+    slow = Throttle(8 * 600_000)
+    await fetch_blob(second.store, blob_hash, 600_000, [second.source(first)], throttle=slow)
+    assert second.store.has(blob_hash)
+
+
+@dataclass
+class Gathering:
+    """Peers that fetch each other's payloads at the same time, and who sent how many copies of which."""
+
+    peers: list[Peer]
+    seeds: list[Peer] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    copies: Counter[tuple[str, str]] = field(default_factory=Counter)  # by sender and payload, in bytes until the end
+
+    async def run(self, payloads: list[Payload]) -> None:
+        await asyncio.gather(*(self._gather(peer, payloads) for peer in self.peers))
+        sizes = {payload.blob_hash: payload.size_bytes for payload in payloads}
+        self.copies = Counter({key: count / sizes[key[1]] for key, count in self.copies.items() if key[1] in sizes})
+
+    async def _gather(self, me: Peer, payloads: list[Payload]) -> None:
+        watched = {peer.node.peer_id: WatchedSource(me.source(peer)) for peer in self.peers}
+        wanted = []
+        for payload in sorted(payloads, key=lambda payload: payload.blob_hash):
+            order = order_sources(
+                payload.blob_hash,
+                me=me.node.peer_id,
+                contributor=payload.contributor.node.peer_id,
+                seeds=[peer.node.peer_id for peer in self.seeds],
+                others=[peer.node.peer_id for peer in self.peers if peer not in self.seeds],
+            )
+            wanted.append(
+                Wanted(
+                    blob_hash=payload.blob_hash,
+                    size_bytes=payload.size_bytes,
+                    sources=[watched[peer_id] for peer_id in order.peers],
+                    pieces_hash=payload.pieces_hash,
+                    parallel=order.parallel,
+                )
+            )
+        await fetch_blobs(
+            me.store,
+            wanted,
+            patience=Patience(absent_s=5.0),
+            on_failure=lambda source, reason: self.failures.append((source.name, reason)),
+        )
+        for source in watched.values():
+            for blob_hash, count in source.delivered.items():
+                self.copies[source.name, blob_hash] += count
+
+
+async def test_no_uplink_carries_a_payload_often_when_seven_peers_gather(start_peer: StartPeer) -> None:
+    peers = [await start_peer(f"peer {number}") for number in range(7)]
+    payloads = [contribute(peer, 1_500_000) for peer in peers]
+    gathering = Gathering(peers)
+    await gathering.run(payloads)
+    assert all(peer.store.has(payload.blob_hash) for peer in peers for payload in payloads)
+    assert gathering.failures == []
+    assert max(gathering.copies.values()) < 2.1
+    total_bytes = sum(peer.node.bytes_sent for peer in peers)
+    assert 42 * 1_500_000 < total_bytes < 42 * 1_550_000  # each payload to six peers, and its index
+    assert max(peer.node.bytes_sent for peer in peers) < 6 * 1_550_000
+
+
+async def test_seeds_do_the_sending_when_there_are_some(start_peer: StartPeer) -> None:
+    peers = [await start_peer(f"peer {number}") for number in range(6)]
+    contributor, seeds = peers[0], peers[1:3]
+    payload = contribute(contributor, 3_000_000)
+    gathering = Gathering(peers, seeds)
+    await gathering.run([payload])
+    assert all(peer.store.has(payload.blob_hash) for peer in peers)
+    assert gathering.failures == []
+    sent = {peer.node.peer_id: gathering.copies[peer.node.peer_id, payload.blob_hash] for peer in peers}
+    assert sent[contributor.node.peer_id] == 2  # to each seed
+    assert sum(sent[seed.node.peer_id] for seed in seeds) >= 3  # some of the last pieces twice
+    assert all(sent[peer.node.peer_id] == 0 for peer in peers[3:])
+
+
+async def test_blob_flows_through_a_peer_while_it_is_fetching_it(start_peer: StartPeer) -> None:
+    first, middle, last = await start_peer("first", max_upload_bps=12e6), await start_peer("b"), await start_peer("c")
+    payload = contribute(first, 3_000_000)  # 2 s
+    order: list[str] = []
+
+    async def fetch(me: Peer, source: Peer) -> None:
+        await fetch_blob(
+            me.store,
+            payload.blob_hash,
+            payload.size_bytes,
+            [me.source(source)],
+            pieces_hash=payload.pieces_hash,
+            patience=Patience(absent_s=5.0),
+        )
+        order.append(me.node.peer_id)
+
+    started_s = asyncio.get_running_loop().time()
+    await asyncio.gather(fetch(middle, first), fetch(last, middle))
+    assert asyncio.get_running_loop().time() - started_s < 3.5  # one after the other would take 4 s or more
+    assert order == [middle.node.peer_id, last.node.peer_id]
+    assert first.node.bytes_sent < 3_100_000
 
 
 async def test_other_peer_is_asked_when_content_is_wrong(start_peer: StartPeer) -> None:
@@ -200,7 +240,7 @@ async def test_other_peer_goes_on_when_one_stalls(start_peer: StartPeer) -> None
 async def test_partial_file_is_kept_when_a_fetch_is_cancelled(start_peer: StartPeer) -> None:
     first, second = await start_peer("first", max_upload_bps=TINY_BPS), await start_peer("second")
     blob_hash = first.store.put(DATA)
-    source = AnnouncingSource(second.source(first))
+    source = WatchedSource(second.source(first))
     fetching = asyncio.create_task(fetch_blob(second.store, blob_hash, len(DATA), [source]))
     await source.began.wait()
     fetching.cancel()
@@ -220,16 +260,14 @@ async def test_reason_is_clear_and_no_socket_is_left_when_a_peer_cannot_be_reach
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound, not listening: nobody else takes the port, and it refuses
         address = f"/ip4/127.0.0.1/tcp/{unused.getsockname()[1]}"
-        sink = BlobStore(node._folder).receive("0" * 64, 5)
         before = psutil.Process().num_fds()
-        with sink:
-            for addresses in ([address], ["no address"], [], [address] * 100):
-                with pytest.raises(TransferError, match=f"{STRANGER}: could not be reached"):
-                    await node.fetch("0" * 64, 5, STRANGER, addresses, sink)
-            with pytest.raises(TransferError, match="could not be reached"):
-                await node.fetch("0" * 64, 5, "0OIl" * 1000, [address], sink)
-            await asyncio.sleep(0)
-            assert psutil.Process().num_fds() == before
+        for addresses in ([address], ["no address"], [], [address] * 100):
+            with pytest.raises(TransferError, match=f"{STRANGER}: could not be reached"):
+                await node.fetch("0" * 64, 5, STRANGER, addresses, NoSink())
+        with pytest.raises(TransferError, match="could not be reached"):
+            await node.fetch("0" * 64, 5, "0OIl" * 1000, [address], NoSink())
+        await asyncio.sleep(0)
+        assert psutil.Process().num_fds() == before
 
 
 async def test_impostor_is_not_served_from_when_it_has_another_key(start_peer: StartPeer) -> None:
@@ -280,22 +318,22 @@ async def test_error_is_clear_when_the_daemon_cannot_listen(tmp_path: Path) -> N
 
 
 async def test_daemon_and_folder_go_when_the_process_is_killed(start_peer: StartPeer, tmp_path: Path) -> None:
-    with peer_process(tmp_path, max_upload_bps=TINY_BPS) as (process, peer_id, addresses, helpers, sockets):
-        daemons = [psutil.Process(pid) for pid in helpers]
-        assert all(os.getsid(pid) != os.getsid(process.pid) for pid in helpers)  # Ctrl-C does not reach them
-        blob_hash = BlobStore(tmp_path / "blobs").put(DATA)
+    with peer_process(tmp_path, max_upload_bps=TINY_BPS) as peer:
+        daemons = [psutil.Process(pid) for pid in peer.helpers]
+        assert all(os.getsid(pid) != os.getsid(peer.process.pid) for pid in peer.helpers)  # Ctrl-C does not reach them
+        blob_hash = peer.store.put(DATA)
         second, third = await start_peer("second"), await start_peer("third")
         third.store.put(DATA)
-        doomed = AnnouncingSource(PeerSource(second.node, peer_id, addresses))
+        doomed = WatchedSource(second.source(peer))
         sources: list[Source] = [doomed, second.source(third)]
         fetching = asyncio.create_task(fetch_blob(second.store, blob_hash, len(DATA), sources))
         await doomed.began.wait()
-        process.kill()
+        peer.process.kill()
         async with asyncio.timeout(5):  # long before the stall timeout of 20 s: the break is seen
             await fetching
         assert second.store.read(blob_hash) == DATA
         assert all(has_ended(daemon) for daemon in daemons)
-        assert not sockets.exists()
+        assert not peer.sockets.exists()
 
 
 @given(st.lists(st.one_of(st.text(max_size=40), st.from_regex(r"/ip[46]/[0-9a-f.:]+/tcp/[0-9]{1,6}")), max_size=20))

@@ -166,6 +166,16 @@ def test_peer_is_resynced_when_it_is_ahead_of_the_run() -> None:
     assert run.find(fx.RequestResync)[0].peer == "bob"
 
 
+def test_peer_gets_no_lease_when_the_state_it_reports_is_an_old_one() -> None:
+    run = start("ann", "bob", min_peers=1)
+    merge_one_round(run)
+    run.join("cid")
+    run.send(ev.StateReported(peer="cid", round=0, digest=digest_after(0)))
+    run.report("ann", "bob")
+    assert set(run.num_leased()) == {"ann", "bob"}
+    assert run.peer("cid").status is PeerStatus.SYNCING
+
+
 # ---- merging
 
 
@@ -190,6 +200,17 @@ def test_next_round_opens_without_the_slow_merger_when_its_time_is_up() -> None:
     run.contribute("ann")
     run.report("ann", "bob")
     assert set(run.num_leased()) == {"ann", "bob"}
+
+
+def test_merger_is_still_waited_for_when_its_last_report_arrives_again() -> None:
+    run = start("ann", "bob", min_peers=1)
+    merge_one_round(run)
+    run.send(ev.StateReported(peer="ann", round=0, digest=digest_after(0)))
+    run.report("bob")
+    assert run.state.phase is Phase.MERGE
+    run.report("ann")
+    assert set(run.num_leased()) == {"ann", "bob"}
+    assert run.find(fx.RequestResync) == []
 
 
 def test_merge_does_not_wait_for_a_peer_when_it_has_left() -> None:

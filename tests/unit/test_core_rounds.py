@@ -6,7 +6,7 @@ from coordinator.core import effects as fx
 from coordinator.core import events as ev
 from coordinator.core import leases, machine
 from coordinator.core.state import LeaseStatus, Phase, Unit
-from tests.core_run import SHARD_TOKENS, CoreRun
+from tests.core_run import SHARD_TOKENS, CoreRun, outstanding
 
 
 def start(*names: str, **round_: object) -> CoreRun:
@@ -45,6 +45,8 @@ def test_late_work_is_credited_once_with_the_next_contribution_when_the_round_wa
     assert late.units == missed
     run.report("ann", "bob")
     run.contribute("bob", units=(*run.granted["bob"].units, *missed))
+    everywhere = outstanding(run.state)
+    assert len(everywhere) == len(set(everywhere)), "a shard is in two places"
     run.contribute("ann")
     credits_ = {credit.peer: credit.units for credit in run.find(fx.CloseRound)[0].credits}
     assert set(missed) < set(credits_["bob"])
@@ -53,6 +55,18 @@ def test_late_work_is_credited_once_with_the_next_contribution_when_the_round_wa
     run.contribute("ann")
     credits_ = {credit.peer: credit.units for credit in run.find(fx.CloseRound)[0].credits}
     assert set(missed).isdisjoint(credits_["bob"]), "credited a second time"
+
+
+def test_carried_shards_are_leased_again_when_the_next_contribution_does_not_name_them() -> None:
+    run = start("ann", "bob")
+    lost = set(run.granted["bob"].units)
+    run.contribute("ann")
+    run.wait_for_deadline()
+    run.report("ann", "bob")
+    run.contribute("bob")  # it started again, and knows nothing of what it did before
+    run.contribute("ann")
+    run.report("ann", "bob")
+    assert lost <= {unit for grant in run.granted.values() for unit in grant.units}
 
 
 def test_peer_is_told_and_keeps_its_work_when_its_payload_does_not_arrive_in_time() -> None:
@@ -129,6 +143,26 @@ def test_payload_is_asked_for_again_and_counted_once_when_a_header_is_sent_twice
     run.check("ann", header.payload_hash)
     run.contribute("bob")
     assert len(run.closed[0].credits) == 2
+
+
+def test_first_header_stands_when_another_one_follows_for_the_same_lease() -> None:
+    run = start("ann", "bob")
+    first = run.commit("ann")
+    run.commit("ann", units=first.units[:5])
+    assert "committed already" in run.find(fx.JudgeContribution)[0].reason
+    run.check("ann", first.payload_hash)
+    run.contribute("bob")
+    assert first.contribution_hash in {credit.contribution_hash for credit in run.closed[0].credits}
+
+
+def test_verdict_stands_when_a_payload_is_looked_at_twice() -> None:
+    run = start("ann", "bob")
+    header = run.commit("ann")
+    run.check("ann", header.payload_hash, norm=3.0)
+    run.check("ann", header.payload_hash, refused_because="the disk broke since")
+    assert run.effects == []
+    run.contribute("bob")
+    assert {credit.peer: credit.norm for credit in run.closed[0].credits} == {"ann": 3.0, "bob": 1.0}
 
 
 FOREIGN: Unit = (55, 5)

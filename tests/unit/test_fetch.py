@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.errors import DiskFullError, TransferError, UnavailableError
-from protocol.exchange.fetch import WRONG_CONTENT, BlobSink, Patience, Source, fetch_blob, fetch_blobs
+from protocol.exchange.fetch import Wanted, fetch_blob, fetch_blobs
+from protocol.exchange.source import WRONG_CONTENT, BlobSink, Patience, Source
 from protocol.exchange.store import BlobStore
 from protocol.signing import sha256_hex
 
@@ -35,7 +36,7 @@ class MemorySource:
     async def fetch(self, blob_hash: str, size_bytes: int, sink: BlobSink) -> None:
         self.asked_at.append(sink.offset)
         while chunk := self.data[sink.offset : min(self.stop_at, sink.offset + self.chunk_bytes)]:
-            sink.write(chunk)
+            await sink.write(chunk)
             await asyncio.sleep(self.pause_s)
         outcome = self.then()
         if asyncio.iscoroutine(outcome):
@@ -206,6 +207,10 @@ async def test_writer_is_closed_when_cancelled_while_it_opens(store: BlobStore) 
 BLOBS = [bytes([index]) * 2000 for index in range(12)]
 
 
+def want(blob: bytes, *sources: Source) -> Wanted:
+    return Wanted(blob_hash=sha256_hex(blob), size_bytes=len(blob), sources=sources)
+
+
 async def test_all_blobs_come_when_fetched_together(store: BlobStore) -> None:
     running = most = 0
 
@@ -216,7 +221,7 @@ async def test_all_blobs_come_when_fetched_together(store: BlobStore) -> None:
             await super().fetch(blob_hash, size_bytes, sink)
             running -= 1
 
-    wanted = [(sha256_hex(blob), len(blob), [Counting("one", data=blob, chunk_bytes=100)]) for blob in BLOBS]
+    wanted = [want(blob, Counting("one", data=blob, chunk_bytes=100)) for blob in BLOBS]
     await fetch_blobs(store, [*wanted, wanted[0]], concurrency=3)
     assert [store.read(sha256_hex(blob)) for blob in BLOBS] == BLOBS
     assert most == 3
@@ -224,16 +229,15 @@ async def test_all_blobs_come_when_fetched_together(store: BlobStore) -> None:
 
 async def test_failing_source_comes_last_when_more_blobs_follow(store: BlobStore) -> None:
     dead = breaking("dead")
-    wanted = [(sha256_hex(blob), len(blob), [dead, MemorySource("alive", data=blob)]) for blob in BLOBS]
+    wanted = [want(blob, dead, MemorySource("alive", data=blob)) for blob in BLOBS]
     await fetch_blobs(store, wanted, concurrency=1)
     assert dead.asked_at == [0]
 
 
 async def test_other_blobs_come_when_some_are_unavailable(store: BlobStore) -> None:
     hashes = [sha256_hex(blob) for blob in BLOBS]
-    wanted: list[tuple[str, int, list[MemorySource]]] = [
-        (blob_hash, len(blob), [MemorySource("one", data=blob)] if index > 1 else [breaking("one")])
-        for index, (blob_hash, blob) in enumerate(zip(hashes, BLOBS, strict=True))
+    wanted = [
+        want(blob, MemorySource("one", data=blob) if index > 1 else breaking("one")) for index, blob in enumerate(BLOBS)
     ]
     with pytest.raises(UnavailableError, match="and 1 more") as caught:
         await fetch_blobs(store, wanted, concurrency=2)
@@ -242,8 +246,8 @@ async def test_other_blobs_come_when_some_are_unavailable(store: BlobStore) -> N
 
 
 async def test_all_fetches_end_when_the_disk_is_full(store: BlobStore) -> None:
-    blobs = [(sha256_hex(blob), len(blob), [stalling("hanging")]) for blob in BLOBS[:3]]
-    full = (HASH, len(DATA), [breaking("unlucky", error=DiskFullError("full"))])
+    blobs = [want(blob, stalling("hanging")) for blob in BLOBS[:3]]
+    full = want(DATA, breaking("unlucky", error=DiskFullError("full")))
     with pytest.raises(DiskFullError):
         await fetch_blobs(store, [*blobs, full], concurrency=4)
     assert asyncio.all_tasks() == {asyncio.current_task()}

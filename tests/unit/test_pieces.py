@@ -3,15 +3,20 @@
 import asyncio
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from protocol.errors import TransferError
+from protocol.errors import NotYetError, TransferError
 from protocol.exchange import pieces
-from protocol.exchange.pieces import MAX_STREAMS_PER_PEER, Answer, PieceExchange, Throttle, receive_piece
+from protocol.exchange.piece_index import PIECE_BYTES, PieceIndex, make_piece_index
+from protocol.exchange.piece_writer import PieceWriter
+from protocol.exchange.pieces import MAX_STREAMS_PER_PEER, Answer, PieceExchange, receive_piece
 from protocol.exchange.store import BlobStore
+from protocol.exchange.throttle import Throttle
+from protocol.signing import sha256_hex
 from protocol.wire.coordinator_pb2 import PieceRequest
 
 DATA = bytes(range(256)) * 4096  # 1 MiB: more than the socket's buffers hold
@@ -36,8 +41,8 @@ def framed(body: bytes) -> bytes:
     return struct.pack("!H", len(body)) + body
 
 
-def request(blob_hash: str, offset: int = 0) -> bytes:
-    return framed(PieceRequest(hash=blob_hash, offset=offset).SerializeToString())
+def request(blob_hash: str, offset: int = 0, length: int = 0) -> bytes:
+    return framed(PieceRequest(hash=blob_hash, offset=offset, length=length).SerializeToString())
 
 
 async def ask(exchange: PieceExchange, data: bytes) -> tuple[Answer, int, bytes]:
@@ -45,11 +50,13 @@ async def ask(exchange: PieceExchange, data: bytes) -> tuple[Answer, int, bytes]
     (reader, writer), theirs = await open_pair()
     serving = asyncio.create_task(exchange.handle("asker", *theirs))
     writer.write(data)
-    reply = await reader.read(-1)
-    await serving
+    code, size_bytes = struct.unpack("!BQ", await reader.readexactly(9))
+    parts = []
+    while code == Answer.PIECE and (num_bytes := int.from_bytes(await reader.readexactly(4))):
+        parts.append(await reader.readexactly(num_bytes))
     writer.close()
-    code, size_bytes = struct.unpack("!BQ", reply[:9])
-    return Answer(code), size_bytes, reply[9:]
+    await serving
+    return Answer(code), size_bytes, b"".join(parts)
 
 
 async def test_rest_of_blob_is_sent_when_asked_from_an_offset(store: BlobStore) -> None:
@@ -57,6 +64,53 @@ async def test_rest_of_blob_is_sent_when_asked_from_an_offset(store: BlobStore) 
     assert await ask(exchange, request(blob_hash, 1000)) == (Answer.PIECE, len(DATA), DATA[1000:])
     assert await ask(exchange, request(blob_hash, len(DATA))) == (Answer.PIECE, len(DATA), b"")
     assert exchange.bytes_sent == len(DATA) - 1000
+
+
+async def test_no_more_is_sent_when_a_length_is_asked_for(store: BlobStore) -> None:
+    exchange, blob_hash = make_exchange(store), store.put(DATA)
+    assert await ask(exchange, request(blob_hash, 1000, 500)) == (Answer.PIECE, len(DATA), DATA[1000:1500])
+    assert await ask(exchange, request(blob_hash, 1000, 1 << 63)) == (Answer.PIECE, len(DATA), DATA[1000:])
+
+
+@pytest.fixture
+def arriving(store: BlobStore) -> Iterator[PieceWriter]:
+    """DATA, of which the second of four pieces is here."""
+    with PieceWriter(store, sha256_hex(DATA), PieceIndex.parse(make_piece_index(DATA), len(DATA))) as writer:
+        assert writer.write(1, DATA[PIECE_BYTES : 2 * PIECE_BYTES])
+        yield writer
+
+
+async def test_piece_is_passed_on_when_the_rest_of_the_blob_is_still_arriving(
+    store: BlobStore, arriving: PieceWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "COMING_TIMEOUT_S", 0.05)
+    exchange, blob_hash = make_exchange(store), sha256_hex(DATA)
+    here = DATA[PIECE_BYTES : 2 * PIECE_BYTES]
+    assert await ask(exchange, request(blob_hash, PIECE_BYTES)) == (Answer.PIECE, len(DATA), here)
+    assert await ask(exchange, request(blob_hash, PIECE_BYTES + 10, 90)) == (Answer.PIECE, len(DATA), here[10:100])
+    assert await ask(exchange, request(blob_hash)) == (Answer.COMING, len(DATA), b"")
+    assert await ask(exchange, request(blob_hash, len(DATA) + 1)) == (Answer.MALFORMED, len(DATA), b"")
+
+
+async def test_rest_follows_when_it_arrives_while_a_peer_waits(store: BlobStore, arriving: PieceWriter) -> None:
+    asking = asyncio.create_task(ask(make_exchange(store), request(sha256_hex(DATA))))
+    for number in (2, 0, 3):
+        await asyncio.sleep(0.02)
+        arriving.write(number, DATA[number * PIECE_BYTES : (number + 1) * PIECE_BYTES])
+    arriving.commit()
+    arriving.close()
+    assert await asking == (Answer.PIECE, len(DATA), DATA)
+
+
+async def test_serving_ends_when_the_peer_goes_while_its_upload_waits(store: BlobStore) -> None:
+    exchange = PieceExchange(store, None, Throttle(8 * 4096 / 100))  # a chunk of 4 KiB at once, the next after 100 s
+    (reader, writer), theirs = await open_pair()
+    serving = asyncio.create_task(exchange.handle("asker", *theirs))
+    writer.write(request(store.put(DATA)))
+    await reader.readexactly(9 + 4 + 4096)
+    writer.close()
+    async with asyncio.timeout(2):
+        await serving
 
 
 @pytest.mark.parametrize(
@@ -132,7 +186,22 @@ async def test_pieces_are_spaced_when_upload_is_limited(store: BlobStore) -> Non
     assert 0.24 < asyncio.get_running_loop().time() - started_s < 1.0
 
 
-async def receive(store: BlobStore, size_bytes: int, serve: Callable[[asyncio.StreamWriter], Awaitable[None]]) -> bytes:
+@dataclass
+class Buffer:
+    """A BlobSink in memory."""
+
+    end: int
+    data: bytes = b""
+
+    @property
+    def offset(self) -> int:
+        return len(self.data)
+
+    async def write(self, chunk: bytes | memoryview) -> None:
+        self.data += chunk
+
+
+async def receive(size_bytes: int, serve: Callable[[asyncio.StreamWriter], Awaitable[None]]) -> bytes:
     """What is kept of a blob of `size_bytes` that a peer sends as `serve` does."""
     (reader, writer), (their_reader, their_writer) = await open_pair()
 
@@ -145,21 +214,21 @@ async def receive(store: BlobStore, size_bytes: int, serve: Callable[[asyncio.St
 
     serving = asyncio.create_task(answer())
     try:
-        with store.receive("0" * 64, size_bytes) as blob:
-            await receive_piece("0" * 64, size_bytes, blob, "liar", reader, writer, chunk_timeout_s=0.2)
+        sink = Buffer(size_bytes)
+        await receive_piece("0" * 64, size_bytes, sink, "liar", reader, writer, chunk_timeout_s=0.2)
     finally:
         writer.close()
         serving.cancel()
         await asyncio.wait([serving])
-    return store.path("0" * 64).with_name("0" * 64 + ".part").read_bytes()
+    return sink.data
 
 
-async def test_no_more_than_the_size_is_taken_when_a_peer_sends_on(store: BlobStore) -> None:
+async def test_no_more_than_the_size_is_taken_when_a_peer_sends_on() -> None:
     async def serve(writer: asyncio.StreamWriter) -> None:
-        writer.write(struct.pack("!BQ", 0, 10) + b"x" * 1000)
+        writer.write(struct.pack("!BQI", 0, 10, 4) + b"x" * 4 + struct.pack("!I", 6) + b"x" * 1000)
         await writer.drain()
 
-    assert await receive(store, 10, serve) == b"x" * 10
+    assert await receive(10, serve) == b"x" * 10
 
 
 @pytest.mark.parametrize(
@@ -170,23 +239,44 @@ async def test_no_more_than_the_size_is_taken_when_a_peer_sends_on(store: BlobSt
         (struct.pack("!BQ", 2, 0), "is busy"),
         (struct.pack("!BQ", 77, 10), "gave an unknown answer"),
         (struct.pack("!BQ", 0, 1 << 60), f"has the blob with {1 << 60} bytes; 10 were announced"),
-        (struct.pack("!BQ", 0, 10) + b"xyz", "ended after 3 of 10 bytes"),
+        (struct.pack("!BQI", 0, 10, 11) + b"x" * 11, "sent more than was asked for"),
+        (struct.pack("!BQI", 0, 10, 1 << 31), "sent more than was asked for"),
+        (struct.pack("!BQI", 0, 10, 0), "ended after 0 of 10 bytes"),
+        (struct.pack("!BQI", 0, 10, 10) + b"xyz", "the connection broke after 3 bytes"),
     ],
 )
-async def test_error_names_peer_and_reason_when_it_does_not_deliver(
-    store: BlobStore, reply: bytes, reason: str
-) -> None:
+async def test_error_names_peer_and_reason_when_it_does_not_deliver(reply: bytes, reason: str) -> None:
     async def serve(writer: asyncio.StreamWriter) -> None:
         writer.write(reply)
 
     with pytest.raises(TransferError, match=f"^liar: {reason}"):
-        await receive(store, 10, serve)
+        await receive(10, serve)
 
 
-async def test_error_says_so_when_a_peer_falls_silent(store: BlobStore) -> None:
+async def test_error_says_so_when_a_peer_falls_silent() -> None:
     async def serve(writer: asyncio.StreamWriter) -> None:
-        writer.write(struct.pack("!BQ", 0, 10) + b"xyz")
+        writer.write(struct.pack("!BQI", 0, 10, 10) + b"xyz")
         await asyncio.Event().wait()
 
     with pytest.raises(TransferError, match=r"^liar: sent nothing for 0.2 s"):
-        await receive(store, 10, serve)
+        await receive(10, serve)
+
+
+@pytest.mark.parametrize(
+    ("reply", "coming"),
+    [
+        (struct.pack("!BQ", Answer.UNKNOWN, 0), False),
+        (struct.pack("!BQ", Answer.BUSY, 0), False),
+        (struct.pack("!BQ", Answer.COMING, len(DATA)), True),
+        (struct.pack("!BQI", Answer.PIECE, len(DATA), PIECE_BYTES) + DATA[:PIECE_BYTES] + bytes(4), True),
+    ],
+    ids=["unknown", "busy", "coming", "one piece"],
+)
+async def test_peer_may_be_asked_again_when_it_has_the_bytes_not_yet(reply: bytes, coming: bool) -> None:
+    async def serve(writer: asyncio.StreamWriter) -> None:
+        writer.write(reply)
+        await writer.drain()
+
+    with pytest.raises(NotYetError) as caught:
+        await receive(len(DATA), serve)
+    assert caught.value.coming is coming

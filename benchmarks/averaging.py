@@ -1,0 +1,246 @@
+"""A whole exchange and merge beside hivemind's averaging: bytes and seconds for each peer, and whether peers end equal.
+
+    python -m benchmarks.averaging [--quick] [--json FILE]
+
+Peers are processes on loopback. All begin at a barrier with a vector in memory; a round is over when the last of them
+has the result. The first round, which makes connections, is not counted; figures are medians of three.
+
+manyhands, sparse codec: error feedback, encoding, payloads by hash from the peers that made them, merge, outer step,
+digest of the state. manyhands, butterfly: float16, digests compared. hivemind: DecentralizedAverager with its defaults.
+Its time counts from the moment when the first peer has a group; matchmaking comes on top, in the column `whole step`.
+
+hivemind and the butterfly average all values, at their codec's precision; the sparse codec sends 1 of 64, the rest
+later by error feedback. That is the point of it, and what it costs in learning is measured elsewhere
+(benchmarks.training). The figures without a size are those of 4 peers at the largest size.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.figures import Figure, parse_options, write_figures
+
+MILLION = 1_000_000
+NUM_ROUNDS = 4  # the first is not counted
+MAX_SPOILT = 4  # hivemind may form smaller groups: such a round is played again
+SHARE_TIMEOUT_S = 600.0
+REFERENCE_PEERS = 4
+SYSTEMS = {
+    "sparse": "manyhands, sparse",
+    "butterfly": "manyhands, butterfly float16",
+    "float16": "hivemind, Float16",
+    "uniform8": "hivemind, Uniform8Bit",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One system with N peers and D parameters: medians over rounds."""
+
+    system: str
+    num_peers: int
+    num_parameters: int
+    time_s: float  # barrier to the last peer's result; for hivemind from the first group on
+    whole_s: float  # the same with hivemind's matchmaking
+    cpu_s: float  # a peer, mean, with all its processes
+    sent_bytes: float  # a peer, mean
+    phases_s: dict[str, float]  # mean over peers
+    equal: bool  # bit for bit at all peers, in all rounds
+    difference: float  # the largest between two peers in the last round, in a sample, over the largest value
+    spoilt_rounds: int  # hivemind: rounds in which the peers did not all meet
+
+
+async def measure(system: str, num_peers: int, num_parameters: int) -> Outcome:
+    """Start the peers, let them play, and end them whatever happens."""
+    with tempfile.TemporaryDirectory(prefix="mh-", dir="/tmp") as folder:
+        folders = [Path(folder) / str(index) for index in range(num_peers)]
+        async with started_peers(system, num_parameters, folders) as peers:
+            rounds, spoilt = await play(peers)
+        samples = [np.load(each / "sample.npy") for each in folders]
+    spread = max(float(np.abs(sample - samples[0]).max()) for sample in samples)
+    counted = rounds[1:]
+    return Outcome(
+        system=system,
+        num_peers=num_peers,
+        num_parameters=num_parameters,
+        time_s=statistics.median(duration_s(reports, "met_s") for reports in counted),
+        whole_s=statistics.median(duration_s(reports, "begin_s") for reports in counted),
+        cpu_s=median_of_means(counted, "cpu_s"),
+        sent_bytes=median_of_means(counted, "sent_bytes"),
+        phases_s=mean_phases_s(counted),
+        equal=all(len({report["digest"] for report in reports}) == 1 for reports in rounds),
+        difference=spread / float(np.abs(samples[0]).max()),
+        spoilt_rounds=spoilt,
+    )
+
+
+def duration_s(reports: list[Any], since: str) -> float:
+    """From the first peer's begin (or `since`, where it is told) to the last peer's end."""
+    begin_s: float = min(report.get(since, report["begin_s"]) for report in reports)
+    end_s: float = max(report["end_s"] for report in reports)
+    return end_s - begin_s
+
+
+def median_of_means(rounds: list[list[Any]], name: str) -> float:
+    """The median over rounds of the mean over peers."""
+    return statistics.median(statistics.mean(report[name] for report in reports) for reports in rounds)
+
+
+def mean_phases_s(rounds: list[list[Any]]) -> dict[str, float]:
+    phases = [report["phases_s"] for reports in rounds for report in reports]
+    return {name: statistics.mean(phase[name] for phase in phases) for name in phases[0]}
+
+
+class PeerProcess:
+    """One process of benchmarks.averaging_peer."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self._process = process
+        self._log = log
+
+    async def read(self) -> Any:
+        """The next value that it shares. Raises RuntimeError with its last words when it ends, TimeoutError."""
+        assert self._process.stdout is not None
+        async with asyncio.timeout(SHARE_TIMEOUT_S):
+            line = await self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a peer ended: {self._log.read_text(errors='replace')[-2000:]}")
+        return json.loads(line)
+
+    def write(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line)
+
+    async def kill(self) -> None:
+        """With all processes that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        await self._process.wait()
+
+
+@asynccontextmanager
+async def started_peers(system: str, num_parameters: int, folders: list[Path]) -> AsyncIterator[list[PeerProcess]]:
+    """One process a folder, each in a session of its own, so that what it forks can be ended with it."""
+    peers: list[PeerProcess] = []
+    try:
+        for index, folder in enumerate(folders):
+            folder.mkdir()
+            facts = (system, str(index), str(len(folders)), str(num_parameters), str(folder))
+            with (folder / "log").open("wb") as log:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "benchmarks.averaging_peer",
+                    *facts,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            peers.append(PeerProcess(process, folder / "log"))
+        yield peers
+    finally:
+        await asyncio.gather(*(peer.kill() for peer in peers))
+
+
+async def play(peers: list[PeerProcess]) -> tuple[list[list[Any]], int]:
+    """The reports of NUM_ROUNDS rounds in which all peers took part, and how many rounds were not such."""
+    rounds: list[list[Any]] = []
+    spoilt = 0
+    while len(rounds) < NUM_ROUNDS:
+        values = await asyncio.gather(*(peer.read() for peer in peers))
+        if isinstance(values[0], dict):  # a report ends a round
+            if any(report.get("group", len(peers)) < len(peers) for report in values):
+                spoilt += 1
+            else:
+                rounds.append(values)
+            if spoilt > MAX_SPOILT:
+                raise RuntimeError(f"the peers did not all meet in {spoilt} of {spoilt + len(rounds)} rounds")
+        line = json.dumps(values).encode() + b"\n"
+        for peer in peers:
+            peer.write(line)
+    return rounds, spoilt
+
+
+def show(console: Console, outcomes: list[Outcome]) -> None:
+    first = outcomes[0]
+    table = Table(title=f"{first.num_peers} peers, {first.num_parameters / MILLION:g} M parameters")
+    table.add_column("system")
+    for column in ("MB sent a peer", "seconds", "whole step", "peers equal", "largest difference"):
+        table.add_column(column, justify="right")
+    for outcome in outcomes:
+        table.add_row(
+            SYSTEMS[outcome.system],
+            f"{outcome.sent_bytes / 1e6:.3f}",
+            f"{outcome.time_s:.2f}",
+            f"{outcome.whole_s:.2f}",
+            "yes" if outcome.equal else "no",
+            f"{outcome.difference:.1e}",
+        )
+    console.print(table)
+    for outcome in outcomes:
+        phases = ", ".join(f"{name} {value_s:.2f}" for name, value_s in outcome.phases_s.items())
+        spoilt = (
+            f"; {outcome.spoilt_rounds} rounds in which the peers did not all meet" if outcome.spoilt_rounds else ""
+        )
+        console.print(f"  {SYSTEMS[outcome.system]}: {phases}{spoilt}", highlight=False)
+
+
+def figures_of(outcomes: list[Outcome], suffix: str = "") -> dict[str, Figure]:
+    """The figures of one number of peers and one size."""
+    by_system = {outcome.system: outcome for outcome in outcomes}
+    sparse, butterfly = by_system["sparse"], by_system["butterfly"]
+    fp16, uniform8 = by_system["float16"], by_system["uniform8"]
+    figures: dict[str, Figure] = {
+        "time_vs_hivemind_fp16": fp16.time_s / sparse.time_s,
+        "bytes_vs_hivemind_fp16": fp16.sent_bytes / sparse.sent_bytes,
+        "time_vs_hivemind_uniform8": uniform8.time_s / sparse.time_s,
+        "bytes_vs_hivemind_uniform8": uniform8.sent_bytes / sparse.sent_bytes,
+        "whole_step_vs_hivemind_fp16": fp16.whole_s / sparse.whole_s,
+        "whole_step_vs_hivemind_uniform8": uniform8.whole_s / sparse.whole_s,
+        "butterfly_time_vs_hivemind_fp16": fp16.time_s / butterfly.time_s,
+        "digests_equal": float(sparse.equal and butterfly.equal),
+        "hivemind_digests_equal": float(fp16.equal or uniform8.equal),
+        "hivemind_fp16_difference": fp16.difference,
+        "hivemind_uniform8_difference": uniform8.difference,
+        "seconds": sparse.time_s,
+        "hivemind_fp16_seconds": fp16.time_s,
+        "megabytes_sent": sparse.sent_bytes / 1e6,
+        "hivemind_fp16_megabytes_sent": fp16.sent_bytes / 1e6,
+    }
+    return {name + suffix: value for name, value in figures.items()}
+
+
+async def run(quick: bool, json_path: Path | None) -> None:
+    console = Console()
+    figures: dict[str, Figure] = {}
+    for num_peers in (REFERENCE_PEERS,) if quick else (REFERENCE_PEERS, 8):
+        for millions in (1, 8) if quick else (1, 8, 50):
+            outcomes = [await measure(system, num_peers, millions * MILLION) for system in SYSTEMS]
+            show(console, outcomes)
+            figures |= figures_of(outcomes, f"_{num_peers}_peers_{millions}m")
+            if num_peers == REFERENCE_PEERS:
+                figures |= figures_of(outcomes)  # the last, largest size stays
+            write_figures(json_path, figures)
+
+
+def main() -> None:
+    options = parse_options("Averaging beside hivemind's: bytes, seconds, equality of the results.")
+    asyncio.run(run(options.quick, options.json))
+
+
+if __name__ == "__main__":
+    main()
