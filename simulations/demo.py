@@ -241,7 +241,7 @@ def _conclude(demo: Demo, first: dict[str, Any], trained_s: float) -> DemoReport
         ],
         verified_digest=verified["digest"],
         ledger_entries=verified["entries"],
-        sample=generate(checkpoint, "def ", 160, 0.7, 0),
+        sample=generate(checkpoint, "def " if demo.spec.data.source == "stdlib" else "The ", 160, 0.7, 0),
         checkpoint=str(checkpoint),
         folder=str(demo.folder),
         page=last["page"],

@@ -60,7 +60,7 @@ class DemoReport:
 
 def print_report(report: DemoReport, console: Console) -> None:
     """The summary for people."""
-    table = Table("worker", "tokens credited", "rounds", "sent", "synchronous training would send", "replica")
+    table = Table("worker", "tokens", "rounds", "sent", "synchronous*", "replica")
     for worker in report.workers:
         synchronous = report.synchronous_bytes(worker)
         ratio = f" ({synchronous / worker.bytes_sent:,.0f}x)" if worker.bytes_sent else ""
@@ -70,20 +70,21 @@ def print_report(report: DemoReport, console: Console) -> None:
             str(worker.rounds),
             f"{worker.bytes_sent / 1e6:.2f} MB",
             f"{synchronous / 1e6:,.0f} MB{ratio}",
-            "killed on the way" if worker.killed else worker.digest[:16],
+            "(killed)" if worker.killed else worker.digest[:12],
         )
     console.print(table)
+    console.print("* float32 gradients, ring all-reduce at every step, for the same tokens\n", style="dim")
     console.print(
-        f"held-out loss   {report.loss_start:.3f} at the start, [bold]{report.loss_end:.3f}[/bold] together after "
+        f"held-out loss  {report.loss_start:.3f} at the start, [bold]{report.loss_end:.3f}[/bold] together after "
         f"{report.tokens:,} tokens in {report.rounds} rounds ({report.trained_s:.0f} s, all workers on this machine)"
     )
     console.print(
-        f"                [bold]{report.loss_alone:.3f}[/bold] the fastest worker alone in its own "
+        f"               [bold]{report.loss_alone:.3f}[/bold] the fastest worker alone in its own "
         f"{report.alone_steps:,} inner steps (measured, {report.alone_s:.0f} s)"
     )
     same = "the same parameters, bit for bit" if report.digests_equal else "[red]DIFFERENT PARAMETERS[/red]"
-    console.print(f"replicas        {same}; the ledger's {report.ledger_entries} entries verify")
-    console.print(f"it writes       {report.sample!r}")
-    console.print(f"checkpoint      {report.checkpoint}")
-    console.print(f"page            {report.page} (while the coordinator runs: --keep)")
-    console.print(f"look closer     manyhands verify {report.folder}", soft_wrap=True)
+    console.print(f"replicas       {same}; the ledger's {report.ledger_entries} entries verify")
+    console.print(f"it writes      {report.sample!r}")
+    console.print(f"checkpoint     {report.checkpoint}")
+    console.print(f"page           {report.page} (while the coordinator runs: --keep)")
+    console.print(f"look closer    manyhands verify {report.folder}", soft_wrap=True)
