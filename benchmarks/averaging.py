@@ -3,26 +3,31 @@
     python -m benchmarks.averaging [--quick] [--json FILE]
 
 Peers are processes on loopback. All begin at a barrier with a vector in memory; a round is over when the last of them
-has the result. The first round, which makes connections, is not counted; figures are medians of three.
+has the result. The first round, which makes connections, is not counted; figures are medians of three. Loopback costs
+next to nothing, so seconds there are the processors' alone; the last table has links of 100 Mbit/s (a network namespace
+whose loopback is limited; root on Linux, left out elsewhere).
 
 manyhands, sparse codec: error feedback, encoding, payloads by hash from the peers that made them, merge, outer step,
 digest of the state. manyhands, butterfly: float16, digests compared. hivemind: DecentralizedAverager with its defaults.
-Its time counts from the moment when the first peer has a group; matchmaking comes on top, in the column `whole step`.
+Its time counts from the moment when the first peer has a group; matchmaking comes on top, in the column `step`.
 
 hivemind and the butterfly average all values, at their codec's precision; the sparse codec sends 1 of 64, the rest
 later by error feedback. That is the point of it, and what it costs in learning is measured elsewhere
-(benchmarks.training). The figures without a size are those of 4 peers at the largest size.
+(benchmarks.training). The figures without a size are those of 4 peers at the largest size, on loopback.
 """
 
 import asyncio
 import json
 import os
+import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +43,12 @@ NUM_ROUNDS = 4  # the first is not counted
 MAX_SPOILT = 4  # hivemind may form smaller groups: such a round is played again
 SHARE_TIMEOUT_S = 600.0
 REFERENCE_PEERS = 4
+LINK_MBPS = 100
 SYSTEMS = {
-    "sparse": "manyhands, sparse",
-    "butterfly": "manyhands, butterfly float16",
-    "float16": "hivemind, Float16",
-    "uniform8": "hivemind, Uniform8Bit",
+    "sparse": "manyhands sparse",
+    "butterfly": "manyhands butterfly",
+    "float16": "hivemind Float16",
+    "uniform8": "hivemind Uniform8",
 }
 
 
@@ -63,11 +69,11 @@ class Outcome:
     spoilt_rounds: int  # hivemind: rounds in which the peers did not all meet
 
 
-async def measure(system: str, num_peers: int, num_parameters: int) -> Outcome:
-    """Start the peers, let them play, and end them whatever happens."""
+async def measure(system: str, num_peers: int, num_parameters: int, inside: Sequence[str] = ()) -> Outcome:
+    """Start the peers, let them play, and end them whatever happens. `inside`: put before their commands."""
     with tempfile.TemporaryDirectory(prefix="mh-", dir="/tmp") as folder:
         folders = [Path(folder) / str(index) for index in range(num_peers)]
-        async with started_peers(system, num_parameters, folders) as peers:
+        async with started_peers(system, num_parameters, folders, inside) as peers:
             rounds, spoilt = await play(peers)
         samples = [np.load(each / "sample.npy") for each in folders]
     spread = max(float(np.abs(sample - samples[0]).max()) for sample in samples)
@@ -96,7 +102,8 @@ def duration_s(reports: list[Any], since: str) -> float:
 
 def median_of_means(rounds: list[list[Any]], name: str) -> float:
     """The median over rounds of the mean over peers."""
-    return statistics.median(statistics.mean(report[name] for report in reports) for reports in rounds)
+    value: float = statistics.median(statistics.mean(report[name] for report in reports) for reports in rounds)
+    return value
 
 
 def mean_phases_s(rounds: list[list[Any]]) -> dict[str, float]:
@@ -108,21 +115,21 @@ class PeerProcess:
     """One process of benchmarks.averaging_peer."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
-        self._process = process
+        if process.stdin is None or process.stdout is None:
+            raise ValueError("a peer is started with pipes")
+        self._process, self._stdin, self._stdout = process, process.stdin, process.stdout
         self._log = log
 
     async def read(self) -> Any:
         """The next value that it shares. Raises RuntimeError with its last words when it ends, TimeoutError."""
-        assert self._process.stdout is not None
         async with asyncio.timeout(SHARE_TIMEOUT_S):
-            line = await self._process.stdout.readline()
+            line = await self._stdout.readline()
         if not line:
             raise RuntimeError(f"a peer ended: {self._log.read_text(errors='replace')[-2000:]}")
         return json.loads(line)
 
     def write(self, line: bytes) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line)
+        self._stdin.write(line)
 
     async def kill(self) -> None:
         """With all processes that it started."""
@@ -132,7 +139,9 @@ class PeerProcess:
 
 
 @asynccontextmanager
-async def started_peers(system: str, num_parameters: int, folders: list[Path]) -> AsyncIterator[list[PeerProcess]]:
+async def started_peers(
+    system: str, num_parameters: int, folders: list[Path], inside: Sequence[str]
+) -> AsyncIterator[list[PeerProcess]]:
     """One process a folder, each in a session of its own, so that what it forks can be ended with it."""
     peers: list[PeerProcess] = []
     try:
@@ -141,6 +150,7 @@ async def started_peers(system: str, num_parameters: int, folders: list[Path]) -
             facts = (system, str(index), str(len(folders)), str(num_parameters), str(folder))
             with (folder / "log").open("wb") as log:
                 process = await asyncio.create_subprocess_exec(
+                    *inside,
                     sys.executable,
                     "-m",
                     "benchmarks.averaging_peer",
@@ -154,6 +164,26 @@ async def started_peers(system: str, num_parameters: int, folders: list[Path]) -
         yield peers
     finally:
         await asyncio.gather(*(peer.kill() for peer in peers))
+
+
+@contextmanager
+def limited_loopback(total_mbps: int) -> Iterator[Sequence[str] | None]:
+    """What to put before a command so that its loopback carries so many Mbit/s in all; None where that cannot be."""
+    if not (shutil.which("tc") and shutil.which("nsenter") and os.geteuid() == 0):
+        yield None
+        return
+    # The namespace lasts as long as `cat`, and that as long as its input is open: it goes with this process.
+    with subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE) as holder:
+        inside = ["nsenter", f"--net=/proc/{holder.pid}/ns/net"]
+        own = Path("/proc/self/ns/net").readlink()
+        while Path(f"/proc/{holder.pid}/ns/net").readlink() == own:
+            time.sleep(0.01)
+        for command in (
+            "ip link set lo up",
+            f"tc qdisc add dev lo root tbf rate {total_mbps}mbit burst 512kb latency 100ms",
+        ):
+            subprocess.run([*inside, *command.split()], check=True)
+        yield inside
 
 
 async def play(peers: list[PeerProcess]) -> tuple[list[list[Any]], int]:
@@ -175,16 +205,17 @@ async def play(peers: list[PeerProcess]) -> tuple[list[list[Any]], int]:
     return rounds, spoilt
 
 
-def show(console: Console, outcomes: list[Outcome]) -> None:
+def show(console: Console, outcomes: list[Outcome], network: str = "loopback") -> None:
     first = outcomes[0]
-    table = Table(title=f"{first.num_peers} peers, {first.num_parameters / MILLION:g} M parameters")
-    table.add_column("system")
-    for column in ("MB sent a peer", "seconds", "whole step", "peers equal", "largest difference"):
+    table = Table(title=f"{first.num_peers} peers, {first.num_parameters / MILLION:g} M parameters, {network}")
+    table.add_column("system", no_wrap=True)
+    for column in ("MB sent", "CPU s", "seconds", "step", "equal", "differ"):
         table.add_column(column, justify="right")
     for outcome in outcomes:
         table.add_row(
             SYSTEMS[outcome.system],
             f"{outcome.sent_bytes / 1e6:.3f}",
+            f"{outcome.cpu_s:.2f}",
             f"{outcome.time_s:.2f}",
             f"{outcome.whole_s:.2f}",
             "yes" if outcome.equal else "no",
@@ -209,6 +240,8 @@ def figures_of(outcomes: list[Outcome], suffix: str = "") -> dict[str, Figure]:
         "bytes_vs_hivemind_fp16": fp16.sent_bytes / sparse.sent_bytes,
         "time_vs_hivemind_uniform8": uniform8.time_s / sparse.time_s,
         "bytes_vs_hivemind_uniform8": uniform8.sent_bytes / sparse.sent_bytes,
+        "cpu_vs_hivemind_fp16": fp16.cpu_s / sparse.cpu_s,
+        "cpu_vs_hivemind_uniform8": uniform8.cpu_s / sparse.cpu_s,
         "whole_step_vs_hivemind_fp16": fp16.whole_s / sparse.whole_s,
         "whole_step_vs_hivemind_uniform8": uniform8.whole_s / sparse.whole_s,
         "butterfly_time_vs_hivemind_fp16": fp16.time_s / butterfly.time_s,
@@ -235,6 +268,13 @@ async def run(quick: bool, json_path: Path | None) -> None:
             if num_peers == REFERENCE_PEERS:
                 figures |= figures_of(outcomes)  # the last, largest size stays
             write_figures(json_path, figures)
+    with limited_loopback(REFERENCE_PEERS * LINK_MBPS) as inside:
+        if inside is None:
+            console.print(f"Links of {LINK_MBPS} Mbit/s: left out, they need root, tc and nsenter.")
+            return
+        outcomes = [await measure(system, REFERENCE_PEERS, millions * MILLION, inside) for system in SYSTEMS]
+        show(console, outcomes, f"{LINK_MBPS} Mbit/s a peer")
+        write_figures(json_path, figures | figures_of(outcomes, f"_{LINK_MBPS}mbit"))
 
 
 def main() -> None:

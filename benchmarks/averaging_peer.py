@@ -170,7 +170,7 @@ async def run_butterfly(index: int, num_peers: int, num_parameters: int, folder:
         sent[0] += len(frame)
         await send(stream, frame, timeout_s)
 
-    FrameStream.send = counting_send  # type: ignore[method-assign]
+    FrameStream.send = counting_send  # type: ignore[method-assign,assignment]
     vector = make_vector(index, num_parameters)
     async with started_node(folder) as (node, _, peers):
         for round_number in itertools.count():

@@ -61,7 +61,7 @@ class TransferError(ManyhandsError):
 
 
 class NotYetError(TransferError):
-    """The source answered, but cannot give the bytes now; it may be asked again. `coming`: it is fetching them itself."""
+    """The source answered, but cannot give the bytes now; ask again. `coming`: it is fetching them itself."""
 
     def __init__(self, source: str, reason: str, *, coming: bool = False) -> None:
         super().__init__(source, reason)

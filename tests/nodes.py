@@ -133,11 +133,12 @@ def daemon_of(node: PeerNode) -> psutil.Process:
 
 @dataclass
 class WatchedSource:
-    """A source whose deliveries are counted by blob; `began` is set with the first bytes."""
+    """A source whose deliveries are counted, in bytes by blob; `began` is set with the first ones."""
 
     source: PeerSource
     began: asyncio.Event = field(default_factory=asyncio.Event)
     delivered: Counter[str] = field(default_factory=Counter)
+    _more: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def name(self) -> str:
@@ -145,6 +146,13 @@ class WatchedSource:
 
     async def fetch(self, blob_hash: str, size_bytes: int, sink: BlobSink) -> None:
         await self.source.fetch(blob_hash, size_bytes, _CountingSink(self, blob_hash, sink))
+
+    async def wait_until_delivered(self, blob_hash: str, num_bytes: int) -> None:
+        """Raises TimeoutError after 20 s."""
+        async with asyncio.timeout(20):
+            while self.delivered[blob_hash] < num_bytes:
+                self._more.clear()
+                await self._more.wait()
 
 
 @dataclass
@@ -165,3 +173,4 @@ class _CountingSink:
         self.watched.delivered[self.blob_hash] += len(chunk)
         await self.sink.write(chunk)
         self.watched.began.set()
+        self.watched._more.set()

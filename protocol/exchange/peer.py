@@ -183,7 +183,7 @@ class PeerNode:
         chunk_timeout_s: float = 20.0,
         connect_timeout_s: float = 10.0,
     ) -> None:
-        """Write the blob's bytes from `sink.offset` to `sink.end`, as that peer sends them; checking is the sink's part.
+        """Write the blob's bytes from `sink.offset` to `sink.end`, as that peer sends them; the sink checks them.
 
         `addresses` are hints from anybody: those that cannot be used are passed over, and with none left a connection
         that is there already is used. Raises TransferError, which names the peer and what went wrong, or NotYetError.
