@@ -156,9 +156,11 @@ async def test_everybody_still_has_the_payload_when_a_seed_disappears(start_peer
         return fetch(me, sources, parallel=order.parallel, patience=Patience(stall_timeout_s=1.0, absent_s=2.0))
 
     fetching = [asyncio.ensure_future(fetch_in_order(me)) for me in (seed, *workers)]
-    first_of_lost = next(source for source in watched if source.name == lost.node.peer_id)
-    await first_of_lost.began.wait()
+    begun = [asyncio.create_task(source.began.wait()) for source in watched if source.name == lost.node.peer_id]
+    await asyncio.wait(begun, timeout=10, return_when=asyncio.FIRST_COMPLETED)
     daemon_of(lost.node).kill()
+    for task in begun:
+        task.cancel()
     told = await asyncio.gather(*fetching)
     assert {name for failures in told for name, _ in failures} == {lost.node.peer_id}
 

@@ -32,6 +32,7 @@ from protocol.exchange.store import BlobStore
 from protocol.identity import Identity
 
 pytestmark = [
+    pytest.mark.chaos,  # real timeouts of seconds: on two busy cores some run out, so not in `make test`
     pytest.mark.asyncio(loop_scope="module"),
     # hivemind uses importlib.resources.path, which is deprecated from 3.11 to 3.12
     pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning:hivemind.p2p.p2p_daemon"),
