@@ -35,6 +35,7 @@ LATE_JOINER = ("late", 0.4)
 JOIN_AT, KILL_AT = 0.35, 0.6  # shares of the run's tokens
 KILLED = "slow"
 START_TIMEOUT_S = 90.0
+INNER_STEPS = 10  # half the default: rounds are cheap on one machine, and short ones learn better
 # Part of the workers' nominal speed that is left when they share two cores with the coordinator and the validator.
 EFFICIENCY = 0.6
 
@@ -152,7 +153,7 @@ def _size_run(text: str, seconds: float, console: Console) -> RunSpec:
     console.print(f"one worker makes {speed:.1f} inner steps a second here; the run is {tokens:,} tokens")
     data = spec.model_dump()
     data["train"]["tokens"] = tokens
-    data["round"]["min_peers"] = len(WORKERS)
+    data["round"].update(min_peers=len(WORKERS), inner_steps=INNER_STEPS)
     data["coordinator"] = {"listen": f"127.0.0.1:{_free_port()}", "http": f"127.0.0.1:{_free_port()}"}
     return RunSpec.model_validate(data)
 
