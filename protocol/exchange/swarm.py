@@ -42,7 +42,7 @@ class Swarm:
         self._writer = writer
         self._blob_hash = blob_hash
         self._sources = list({source.name: source for source in sources}.values())
-        self._window = max(1, parallel)
+        self._window = max(1, min(parallel, len(self._sources)))
         self._patience = patience
         self._throttle = throttle
         self._on_failure = on_failure

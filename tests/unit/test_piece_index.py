@@ -129,6 +129,9 @@ def test_writers_do_not_disturb_each_other_when_they_want_the_same(store: BlobSt
             second.write(number, piece)
         second.commit()
         assert store.arriving == {HASH: first}
+        with PieceWriter(store, HASH, INDEX) as another:
+            another.write(1, PIECES[1])
+    assert files(store) == [HASH, HASH + ".pieces"]
     assert store.read(HASH) == DATA
     with PieceWriter(store, HASH, INDEX) as third:
         assert third.missing == [1, 2, 3, 4]  # the first one's

@@ -102,6 +102,18 @@ async def test_rest_follows_when_it_arrives_while_a_peer_waits(store: BlobStore,
     assert await asking == (Answer.PIECE, len(DATA), DATA)
 
 
+async def test_stream_stays_open_when_all_is_sent_until_the_asking_side_closes_it(store: BlobStore) -> None:
+    (reader, writer), theirs = await open_pair()
+    serving = asyncio.create_task(make_exchange(store).handle("asker", *theirs))
+    writer.write(request(store.put(b"x")))
+    assert (await reader.readexactly(9 + 4 + 1 + 4)).endswith(b"x" + bytes(4))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await reader.read(1)
+    writer.close()
+    await serving
+
+
 async def test_serving_ends_when_the_peer_goes_while_its_upload_waits(store: BlobStore) -> None:
     exchange = PieceExchange(store, None, Throttle(8 * 4096 / 100))  # a chunk of 4 KiB at once, the next after 100 s
     (reader, writer), theirs = await open_pair()

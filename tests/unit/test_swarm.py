@@ -164,6 +164,20 @@ async def test_nobody_waits_for_a_slow_source_when_others_have_the_last_pieces(s
     assert await fetch(store, *sources, patience=Patience(stall_timeout_s=60.0)) == []
 
 
+async def test_source_is_spared_what_has_come_from_elsewhere_when_it_gets_there(store: BlobStore) -> None:
+    others_are_here = asyncio.Event()
+
+    async def leave_the_first(number: int) -> None:
+        if number == 0:
+            others_are_here.set()
+            await asyncio.Event().wait()
+
+    late = MemorySource("late", before=lambda _: others_are_here.wait())
+    quick = MemorySource("quick", before=leave_the_first)
+    assert await fetch(store, late, quick, parallel=2, patience=Patience(stall_timeout_s=60.0)) == []
+    assert late.sent == Counter([0])  # of the two pieces that it was asked for
+
+
 async def test_next_source_helps_when_the_only_one_drawn_from_is_slow(store: BlobStore) -> None:
     trickle = MemorySource("trickle", chunk_bytes=2000, pause_s=0.01)  # 1.3 s a piece
     second = steady("second")
@@ -177,7 +191,7 @@ async def test_source_is_asked_again_when_it_has_the_pieces_not_yet(store: BlobS
     async def come_slowly(number: int) -> None:
         nonlocal here
         if number >= here:
-            here += 5
+            here += 2  # so it says "not yet" for longer than `coming_s`, but never without a new piece
             raise NotYetError("parent", "is still fetching the blob itself", coming=True)
 
     parent, other = MemorySource("parent", before=come_slowly), steady("other")
@@ -252,9 +266,10 @@ async def test_source_is_not_blamed_when_the_disk_is_full(store: BlobStore) -> N
 
 async def test_rate_is_kept_and_nobody_is_blamed_when_downloads_are_limited(store: BlobStore) -> None:
     started_s = asyncio.get_running_loop().time()
-    rate_bps = 8 * len(DATA) / 0.6
-    assert await fetch(store, steady("a"), steady("b"), throttle=Throttle(rate_bps)) == []  # stall timeout: 0.1 s
-    assert asyncio.get_running_loop().time() - started_s > 0.4
+    downloads = Throttle(8 * len(DATA) / 0.9)  # 80 ms a piece
+    patience = Patience(stall_timeout_s=0.05, min_bytes_per_s=1000.0)
+    assert await fetch(store, steady("a"), steady("b"), patience=patience, throttle=downloads) == []
+    assert asyncio.get_running_loop().time() - started_s > 0.7
 
 
 async def test_index_is_used_when_several_blobs_are_fetched(store: BlobStore) -> None:

@@ -29,6 +29,7 @@ from protocol.exchange.peer import PeerNode
 
 LINK_PROTOCOL = "/manyhands/butterfly/1/link/"
 REDIAL_PAUSE_S = 0.25
+GRACE_S = 1.0  # for a better reason to fail than the one at hand
 DIGEST_BYTES = 32
 
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
@@ -58,6 +59,7 @@ class Links:
         self._max_frame_bytes = 2 + max(MAX_REASON_BYTES, DIGEST_BYTES * len(self._peers))
         self._links: dict[str, FrameStream] = {}
         self._greeting: set[str] = set()
+        self._parted: dict[str, asyncio.Future[None]] = {}  # done when the peer has ended the round
         self._streams: set[FrameStream] = set()
         self._confirmed = asyncio.Event()
         self._closed = False
@@ -77,10 +79,15 @@ class Links:
         return [self.digests[peer] for peer in self._peers]
 
     async def tell_failure(self, accused: str, reason: str) -> None:
-        """Tell those that are linked; what cannot be sent in time is left."""
+        """Tell those that are linked, and wait a moment until they end the round too; what cannot be sent is left.
+
+        Closing at once could lose what was just sent: libp2p resets a stream when more comes for a reader that is gone.
+        """
         frame = bytes([Tell.FAILED, self._peers.index(accused)]) + reason.encode()[:MAX_REASON_BYTES]
-        sends = [link.send(frame, CLOSE_TIMEOUT_S) for link in self._links.values()]
-        await asyncio.gather(*sends, return_exceptions=True)
+        links = list(self._links.items())
+        await asyncio.gather(*(link.send(frame, CLOSE_TIMEOUT_S) for _, link in links), return_exceptions=True)
+        if links:
+            await asyncio.wait([self._parted[peer] for peer, _ in links], timeout=GRACE_S)
 
     async def accept(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A peer dials us. This call ends at once, because asyncio complains when it is cancelled."""
@@ -133,17 +140,22 @@ class Links:
         """Take what a peer tells us, until it has told its digests and ends."""
         peer = link.peer_id
         self._links[peer] = link
+        self._parted[peer] = parted = asyncio.get_running_loop().create_future()
         if len(self._links) == len(self._peers) - 1:
             self.met.set()
         while True:
             try:
                 frame = await link.receive(None)  # the wait for digests has the limit
             except BrokenStreamError:
+                parted.set_result(None)
                 if peer in self.digests:
                     return
                 raise
             kind, content = frame[:1], frame[1:]
             if kind == bytes([Tell.FAILED]):
+                parted.set_result(None)
+                if self._node.peer_id in self.digests:
+                    await asyncio.sleep(GRACE_S)  # who compares digests himself need not believe others
                 self._take_failure(peer, content)
             elif kind == bytes([Tell.DIGESTS]) and peer not in self.digests:
                 self._take_digests(peer, content)

@@ -170,8 +170,8 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind ships 
                 self.tensor_part_container.register_processed_part(reducer, index, values_v)
         finally:
             sending.cancel()
+            await stream.close()  # first, because the wait may be cancelled
             await asyncio.wait({sending})
-            await stream.close()
 
     async def _send_parts(self, reducer: int, stream: FrameStream) -> None:
         try:

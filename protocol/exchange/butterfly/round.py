@@ -22,7 +22,7 @@ import numpy as np
 from protocol.codecs.payload import Vector
 from protocol.errors import ButterflyError
 from protocol.exchange.butterfly.group import ButterflyGroup, ButterflyTimeouts
-from protocol.exchange.butterfly.links import LINK_PROTOCOL, Links
+from protocol.exchange.butterfly.links import GRACE_S, LINK_PROTOCOL, Links
 from protocol.exchange.butterfly.parts import (
     PartCodec,
     find_disagreement,
@@ -35,8 +35,7 @@ from protocol.exchange.butterfly.streams import CLOSE_TIMEOUT_S, BrokenStreamErr
 from protocol.exchange.peer import PeerNode
 
 PART_PROTOCOL = "/manyhands/butterfly/1/parts/"
-GRACE_S = 1.0  # for a better reason than a broken stream, and for peers that link up just when it fails
-DIED_S = 0.5
+DIED_S = 0.5  # for our daemon's end to be noticed
 TIMEOUTS = ButterflyTimeouts()
 
 
@@ -171,7 +170,7 @@ class ButterflyRound:
         if isinstance(error, ButterflyError) and error.peer in self._group.peers:
             accused, reason = error.peer, error.reason
         if not self._links.met.is_set():
-            with suppress(TimeoutError):
+            with suppress(TimeoutError):  # who links up in this moment need not find out by waiting
                 await _within(self._links.met.wait(), GRACE_S)
         await self._links.tell_failure(accused, reason)
         if isinstance(error, BrokenStreamError):
