@@ -12,9 +12,9 @@ It does not rank sources (the caller orders them), remember failures beyond one 
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ from protocol.exchange.swarm import Swarm
 from protocol.exchange.throttle import Throttle
 
 PARALLEL = 3  # sources of one blob
+CONCURRENCY = 4  # blobs
 W = TypeVar("W", BlobWriter, PieceWriter)
 
 
@@ -62,27 +63,22 @@ async def fetch_blob(
     Raises UnavailableError with all reasons when no source delivers, DiskFullError, VerificationError for a bad hash
     or an index that is another blob's.
     """
-    if store.has(blob_hash):
-        return
-    fetch = _Fetch(store, patience, throttle, on_failure)
-    if pieces_hash is None or not has_index(size_bytes):
-        done = await fetch.whole(blob_hash, size_bytes, sources)
-    else:
-        done = await fetch.in_pieces(blob_hash, size_bytes, sources, pieces_hash, parallel)
-    if not done:
-        raise UnavailableError({blob_hash: tuple(fetch.failures)})
+    wanted = Wanted(
+        blob_hash=blob_hash, size_bytes=size_bytes, sources=sources, pieces_hash=pieces_hash, parallel=parallel
+    )
+    await _Fetch(store, patience, throttle, on_failure).run(wanted)
 
 
 async def fetch_blobs(
     store: BlobStore,
     wanted: Sequence[Wanted],
     *,
-    concurrency: int = 4,
+    concurrency: int = CONCURRENCY,
     patience: Patience = PATIENCE,
     throttle: Throttle = UNLIMITED,
     on_failure: OnFailure | None = None,
 ) -> None:
-    """Put all of `wanted` into `store`, `concurrency` at a time.
+    """Put all of `wanted` into `store`, `concurrency` at a time, in their order, which all peers should share.
 
     A source that failed for one blob is tried last for those that start later. A blob that is not to be had does not
     stop the others: UnavailableError, raised at the end, names all of them. Otherwise as `fetch_blob`.
@@ -101,56 +97,68 @@ async def fetch_blobs(
     async def fetch_pending() -> None:
         for blob in pending:
             try:
-                await fetch_blob(
-                    store,
-                    blob.blob_hash,
-                    blob.size_bytes,
-                    sorted(
-                        blob.sources, key=lambda source: times_failed[source.name]
-                    ),  # stable: else the caller's order
-                    pieces_hash=blob.pieces_hash,
-                    parallel=blob.parallel,
-                    patience=patience,
-                    throttle=throttle,
-                    on_failure=note_failure,
-                )
+                sources = sorted(blob.sources, key=lambda source: times_failed[source.name])  # stable
+                await _Fetch(store, patience, throttle, note_failure).run(replace(blob, sources=sources))
             except UnavailableError as error:
                 failures.update(error.failures)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(wanted))):
-                group.create_task(fetch_pending())
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from errors
+    with _announcing(wanted, store):
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(concurrency, len(wanted))):
+                    group.create_task(fetch_pending())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
     if failures:
         raise UnavailableError(failures)
+
+
+@contextmanager
+def _announcing(wanted: Sequence[Wanted], store: BlobStore) -> Iterator[None]:
+    """Let those who ask us for one of these blobs know that it is coming."""
+    expected = {blob.blob_hash for blob in wanted} | {blob.pieces_hash for blob in wanted if blob.pieces_hash}
+    store.expected |= expected
+    try:
+        yield
+    finally:
+        store.expected -= expected
 
 
 class _Fetch:
     """One blob being fetched, and who failed to deliver it."""
 
     def __init__(self, store: BlobStore, patience: Patience, throttle: Throttle, on_failure: OnFailure | None) -> None:
-        self.failures: list[tuple[str, str]] = []
+        self._failures: list[tuple[str, str]] = []
         self._store = store
         self._patience = patience
         self._throttle = throttle
         self._on_failure = on_failure
 
-    async def in_pieces(
-        self, blob_hash: str, size_bytes: int, sources: Sequence[Source], pieces_hash: str, parallel: int
-    ) -> bool:
+    async def run(self, wanted: Wanted) -> None:
+        """Return when the blob is in the store."""
+        if wanted.pieces_hash is not None and has_index(wanted.size_bytes) and not self._store.has(wanted.blob_hash):
+            done = await self._fetch_pieces(wanted, wanted.pieces_hash)
+        else:
+            done = await self._fetch_whole(wanted.blob_hash, wanted.size_bytes, wanted.sources)
+        if not done:
+            raise UnavailableError({wanted.blob_hash: tuple(self._failures)})
+
+    async def _fetch_pieces(self, wanted: Wanted, pieces_hash: str) -> bool:
         """False when no source is left. The index first, then the pieces."""
-        if not await self.whole(pieces_hash, index_bytes(size_bytes), sources):
+        if not await self._fetch_whole(pieces_hash, index_bytes(wanted.size_bytes), wanted.sources):
             return False
-        failed = {name for name, _ in self.failures}
-        index = PieceIndex.parse(await asyncio.to_thread(self._store.read, pieces_hash), size_bytes)
-        with await _open(partial(PieceWriter, self._store, blob_hash, index)) as writer:
+        failed = {name for name, _ in self._failures}
+        try:
+            index = PieceIndex.parse(await asyncio.to_thread(self._store.read, pieces_hash), wanted.size_bytes)
+        except VerificationError:
+            self._store.remove(pieces_hash)  # a power cut may have cut it short: the next try fetches it anew
+            raise
+        with await _open(partial(PieceWriter, self._store, wanted.blob_hash, index)) as writer:
             swarm = Swarm(
                 writer,
-                blob_hash,
-                [source for source in sources if source.name not in failed],
-                parallel=parallel,
+                wanted.blob_hash,
+                [source for source in wanted.sources if source.name not in failed],
+                parallel=wanted.parallel,
                 patience=self._patience,
                 throttle=self._throttle,
                 on_failure=self._note_failure,
@@ -160,7 +168,7 @@ class _Fetch:
             await _in_thread(writer.commit)
             return True
 
-    async def whole(self, blob_hash: str, size_bytes: int, sources: Sequence[Source]) -> bool:
+    async def _fetch_whole(self, blob_hash: str, size_bytes: int, sources: Sequence[Source]) -> bool:
         """False when no source delivered. One source after the other."""
         if self._store.has(blob_hash):
             return True
@@ -194,7 +202,7 @@ class _Fetch:
                 raise again
 
     def _note_failure(self, source: Source, reason: str) -> None:
-        self.failures.append((source.name, reason))
+        self._failures.append((source.name, reason))
         if self._on_failure is not None:
             self._on_failure(source, reason)
 

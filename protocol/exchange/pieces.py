@@ -157,18 +157,19 @@ class PieceExchange:
         """What to answer, and the size of the blob in bytes."""
         if self._streams.total() > MAX_STREAMS or self._streams[peer_id] > MAX_STREAMS_PER_PEER:
             return Answer.BUSY, 0
+        if request is None:
+            return Answer.MALFORMED, 0
         try:
-            if request is None:
-                return Answer.MALFORMED, 0
             arriving = self._store.arriving.get(request.hash)
             size_bytes = arriving.size_bytes if arriving is not None else self._store.size(request.hash)
+            answer = Answer.PIECE if request.offset <= size_bytes else Answer.MALFORMED
         except VerificationError:
             return Answer.MALFORMED, 0
         except MissingBlobError:
-            return Answer.UNKNOWN, 0
+            answer, size_bytes = (Answer.COMING if request.hash in self._store.expected else Answer.UNKNOWN), 0
         if self._may_serve is not None and not self._may_serve(request.hash):
             return Answer.UNKNOWN, 0  # whether it is here is nobody's business
-        return (Answer.PIECE if request.offset <= size_bytes else Answer.MALFORMED), size_bytes
+        return answer, size_bytes
 
 
 async def receive_piece(

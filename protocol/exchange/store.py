@@ -62,13 +62,17 @@ class Arriving(Protocol):
 
 
 class BlobStore:
-    """Blobs in `folder`, which is made at the first write. `arriving`: what this process is receiving in pieces.
+    """Blobs in `folder`, which is made at the first write.
+
+    For those who serve the blobs: `expected` are the hashes of those that this process is about to fetch, `arriving`
+    are those that it is receiving in pieces.
 
     Every method that takes a hash raises VerificationError when it is not 64 lower-case hex digits.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.expected: set[str] = set()
         self.arriving: dict[str, Arriving] = {}
 
     def path(self, blob_hash: str) -> Path:

@@ -227,6 +227,15 @@ async def test_all_blobs_come_when_fetched_together(store: BlobStore) -> None:
     assert most == 3
 
 
+async def test_others_are_told_what_comes_when_blobs_are_waiting(store: BlobStore) -> None:
+    waiting: list[set[str]] = []
+    first = MemorySource("one", data=BLOBS[0], then=lambda: waiting.append(set(store.expected)))
+    with pytest.raises(UnavailableError):
+        await fetch_blobs(store, [want(BLOBS[0], first), want(BLOBS[1], breaking("one"))], concurrency=1)
+    assert waiting == [{sha256_hex(BLOBS[0]), sha256_hex(BLOBS[1])}]
+    assert store.expected == set()
+
+
 async def test_failing_source_comes_last_when_more_blobs_follow(store: BlobStore) -> None:
     dead = breaking("dead")
     wanted = [want(blob, dead, MemorySource("alive", data=blob)) for blob in BLOBS]

@@ -151,6 +151,13 @@ async def test_blob_looks_unknown_when_it_may_not_be_served(store: BlobStore) ->
     assert await ask(exchange, request(secret)) == (Answer.UNKNOWN, 0, b"") == await ask(exchange, request("0" * 64))
 
 
+async def test_blob_is_said_to_come_when_this_peer_is_about_to_fetch_it(store: BlobStore) -> None:
+    wanted = "ab" * 32
+    store.expected.add(wanted)
+    assert await ask(make_exchange(store), request(wanted)) == (Answer.COMING, 0, b"")
+    assert await ask(make_exchange(store, lambda _: False), request(wanted)) == (Answer.UNKNOWN, 0, b"")
+
+
 async def test_answer_is_busy_when_a_peer_has_too_many_streams(store: BlobStore) -> None:
     exchange, blob_hash = make_exchange(store), store.put(DATA)
     idle = [await open_pair() for _ in range(MAX_STREAMS_PER_PEER)]

@@ -180,5 +180,5 @@ class Links:
             async with asyncio.timeout(timeout_s):
                 await event.wait()
         except TimeoutError as error:
-            missing = next(peer for peer in self._earlier + self._later if peer not in came)
+            missing = next((peer for peer in self._earlier + self._later if peer not in came), self._node.peer_id)
             raise ButterflyError(missing, f"{what} within {timeout_s:g} s") from error
