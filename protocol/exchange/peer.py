@@ -7,8 +7,8 @@ other side announces, and its `stream_open` leaves a socket open whenever it fai
 Invariants: the remote peer id is the one that libp2p authenticated; every wait for a peer has a limit; the daemon lives
 as long as this process, however that ends, and its sockets are this user's alone.
 
-No relay, no DHT, no hole punching: a peer that cannot be reached pushes its blobs to one that can. With `butterfly` this
-is the only module of `exchange` that imports hivemind, and torch with it.
+No relay, no DHT, no hole punching: a peer that cannot be reached pushes its blobs to one that can. With `butterfly`
+this is the only part of `exchange` that imports hivemind, and torch with it.
 """
 
 import asyncio
