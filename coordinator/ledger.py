@@ -57,6 +57,8 @@ class LedgerWriter:
             contributions=tuple(_accepted(credit) for credit in closed.credits),
             leased_peers=closed.leased_peers,
             closed_because=closed.closed_because,
+            inner_steps=closed.inner_steps,
+            plan=closed.plan,
             tokens_after=closed.tokens_after,
         )
         rows = [self._append(manifest, unix_s)]

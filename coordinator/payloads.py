@@ -10,7 +10,7 @@ import structlog
 
 from coordinator.core.effects import CheckPayload
 from coordinator.core.events import PayloadChecked
-from protocol.codecs import Codec
+from protocol.codecs import get_codec
 from protocol.errors import ManyhandsError
 from protocol.exchange.piece_index import has_index, make_piece_index
 from protocol.exchange.store import BlobStore
@@ -22,11 +22,8 @@ log = structlog.get_logger()
 class PayloadChecker:
     """Expected payloads by hash."""
 
-    def __init__(
-        self, store: BlobStore, codec: Codec, num_parameters: int, submit: Callable[[PayloadChecked], None]
-    ) -> None:
+    def __init__(self, store: BlobStore, num_parameters: int, submit: Callable[[PayloadChecked], None]) -> None:
         self._store = store
-        self._codec = codec  # with the run's options: a payload written with others is refused
         self._num_parameters = num_parameters
         self._submit = submit
         self._expected: dict[str, CheckPayload] = {}
@@ -48,11 +45,11 @@ class PayloadChecker:
         check = self._expected.get(payload_hash)
         return self._store.has(payload_hash) if check is None else check.peer != peer
 
-    def arrived(self, payload_hash: str) -> None:
-        """The blob is complete and its hash holds: look inside, in a thread."""
+    def arrived(self, payload_hash: str, upload_bps: float = 0.0) -> None:
+        """The blob is complete and its hash holds: look inside, in a thread. upload_bps: bits a second as it came."""
         check = self._expected.pop(payload_hash, None)
         if check is not None:
-            task = asyncio.create_task(self._check(check))
+            task = asyncio.create_task(self._check(check, upload_bps))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -60,10 +57,16 @@ class PayloadChecker:
         """A round closed: what it still waited for is not taken any more."""
         self._expected.clear()
 
-    async def _check(self, check: CheckPayload) -> None:
+    async def _check(self, check: CheckPayload, upload_bps: float) -> None:
         norm, reason = await asyncio.to_thread(self._inspect, check)
         self._submit(
-            PayloadChecked(peer=check.peer, payload_hash=check.payload_hash, norm=norm, refused_because=reason)
+            PayloadChecked(
+                peer=check.peer,
+                payload_hash=check.payload_hash,
+                norm=norm,
+                upload_bps=upload_bps,
+                refused_because=reason,
+            )
         )
 
     def _inspect(self, check: CheckPayload) -> tuple[float, str]:
@@ -71,7 +74,8 @@ class PayloadChecker:
             payload = self._store.read(check.payload_hash)
             if len(payload) != check.payload_bytes:
                 return 0.0, f"the payload has {len(payload)} bytes; its header says {check.payload_bytes}"
-            norm = self._codec.inspect(payload, self._num_parameters).norm
+            codec = get_codec(check.codec, dict(check.codec_options))  # a payload written with others is refused
+            norm = codec.inspect(payload, self._num_parameters).norm
             if has_index(len(payload)):
                 index = make_piece_index(payload)
                 if sha256_hex(index) != check.pieces_hash:

@@ -34,7 +34,7 @@ from protocol.documents import Evaluation, EvaluationReport, Genesis, Invite, Op
 from protocol.errors import ConfigError
 from protocol.exchange.dial import split_address
 from protocol.invite import encode_invite
-from protocol.run_spec import RunSpec
+from protocol.run_spec import AUTO, RunSpec
 from protocol.signing import Signed
 from protocol.wire import coordinator_pb2 as pb
 from protocol.wire.coordinator_pb2_grpc import add_CoordinatorServiceServicer_to_server
@@ -71,10 +71,18 @@ class Server:
         self.spec = self.folder.spec()  # addresses may have changed since the genesis; what is trained may not
         self.store = self.folder.store
         ledger = LedgerWriter(self.identity, self.run.run_id, self.run.spec, self.database.last_ledger_entry())
-        fresh = machine.create(self.run.spec, num_shards=self.run.num_shards, initial_digest=self.run.initial_digest)
+        fresh = machine.create(
+            self.run.spec,
+            num_shards=self.run.num_shards,
+            num_parameters=self.run.num_parameters,
+            initial_digest=self.run.initial_digest,
+        )
         self.engine = Engine.recover(self.database, ledger, fresh)
-        codec = get_codec(self.run.spec.exchange.codec, self.run.spec.exchange.codec_options)
-        self.payloads = PayloadChecker(self.store, codec, self.run.num_parameters, self.engine.submit)
+        if self.run.spec.exchange.codec != AUTO:
+            get_codec(
+                self.run.spec.exchange.codec, self.run.spec.exchange.codec_options
+            )  # raises what is wrong with it
+        self.payloads = PayloadChecker(self.store, self.run.num_parameters, self.engine.submit)
         self.sessions = Sessions(self.engine, self.identity, self.run.run_id, self.payloads)
         self._first_loss: float | None = None
 
@@ -115,6 +123,7 @@ class Server:
             "run_id": self.run.run_id,
             "phase": state.phase.value,
             "reason": machine.describe_phase(state),
+            "plan": state.plan.reason if state.plan else "",
             "round": state.rounds_merged,
             "tokens": state.tokens_credited,
             "tokens_target": state.spec.train.tokens,
@@ -135,6 +144,8 @@ class Server:
                     "device": peer.device,
                     "status": peer.status.value,
                     "steps_per_s": round(peer.steps_per_s, 3),
+                    "upload_bps": round(peer.upload_bps),
+                    "download_bps": round(peer.download_bps),
                     "credited_tokens": peer.credited_tokens,
                     "accepted": peer.accepted,
                     "refused": peer.refused,

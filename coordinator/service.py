@@ -77,9 +77,6 @@ class CoordinatorService(CoordinatorServiceServicer):
         self._store = store
         self._database = database
         self._operate = operate
-        codec = get_codec(self._run.spec.exchange.codec, dict(self._run.spec.exchange.codec_options))
-        self._codec_name = codec.name
-        self._max_payload_bytes = codec.payload_bytes_max(self._run.num_parameters)
         self._seen_nonces: dict[str, float] = {}
 
     # ---- session
@@ -201,6 +198,7 @@ class CoordinatorService(CoordinatorServiceServicer):
                         round=message.state.round,
                         digest=_limited(message.state.digest, 64),
                         claimed_steps_per_s=_finite(message.state.claimed_steps_per_s),
+                        download_bps=_finite(message.state.download_bps),
                     )
                 )
             case "lease_return":
@@ -222,12 +220,11 @@ class CoordinatorService(CoordinatorServiceServicer):
         header = open_signed(signed, Contribution, run_id=self._run.run_id)
         if header.peer != session.peer:
             raise VerificationError("the contribution is not signed by this session's peer")
-        if header.codec != self._codec_name:
-            raise VerificationError(f"the run's codec is {self._codec_name}, not {header.codec}")
         if has_index(header.payload_bytes) != (header.pieces_hash is not None):
             raise VerificationError("a payload of several pieces comes with the hash of its piece index, others do not")
-        if header.payload_bytes > self._max_payload_bytes:
-            raise VerificationError(f"a payload of {header.payload_bytes} bytes; at most {self._max_payload_bytes}")
+        most = self._max_payload_bytes(header)
+        if most is not None and header.payload_bytes > most:
+            raise VerificationError(f"a payload of {header.payload_bytes} bytes; at most {most}")
         if self._payloads.is_known(header.payload_hash, header.peer) and not self._is_committed(signed, header.peer):
             reason = "that payload was sent before: a contribution counts once, and for its author"
             session.send(
@@ -251,6 +248,15 @@ class CoordinatorService(CoordinatorServiceServicer):
             ),
             documents=(signed,),
         )
+
+    def _max_payload_bytes(self, header: Contribution) -> int | None:
+        """What the round's codec can come to; None for a contribution to no open lease, which the core refuses."""
+        round_ = self._engine.state.round
+        lease = round_.leases.get(header.peer) if round_ else None
+        if round_ is None or lease is None or lease.lease_id != header.lease_id:
+            return None
+        codec = get_codec(round_.plan.codec, dict(round_.plan.options))
+        return codec.payload_bytes_max(self._run.num_parameters)
 
     def _is_committed(self, signed: Signed, peer: str) -> bool:
         """Whether this very header is in the open round already: it is sent again after a broken connection."""
@@ -280,6 +286,7 @@ class CoordinatorService(CoordinatorServiceServicer):
     async def PushBlob(  # noqa: N802 - the name is the service's
         self, request_iterator: AsyncIterator[pb.BlobChunk], context: Context
     ) -> pb.PushBlobReply:
+        started_s = time.monotonic()
         session = await self._authenticate(context)
         try:
             first = await asyncio.wait_for(anext(request_iterator), HANDSHAKE_TIMEOUT_S)
@@ -296,7 +303,7 @@ class CoordinatorService(CoordinatorServiceServicer):
             return pb.PushBlobReply(stored=False, reason=str(error))
         except (TimeoutError, StopAsyncIteration):
             return pb.PushBlobReply(stored=False, reason="no data arrived")
-        self._payloads.arrived(first.hash)
+        self._payloads.arrived(first.hash, upload_bps=8 * first.size / max(time.monotonic() - started_s, 1e-6))
         return pb.PushBlobReply(stored=True)
 
     def _allowed_size(self, first: pb.BlobChunk, session: PeerSession) -> int | None:

@@ -12,6 +12,7 @@ from secrets import token_hex
 import structlog
 
 from coordinator.core import effects as fx
+from coordinator.core.state import Unit
 from coordinator.engine import Committed, Engine
 from coordinator.payloads import PayloadChecker
 from coordinator.storage.database import LedgerRow
@@ -140,6 +141,8 @@ class Sessions:
                 case fx.RequestResync():
                     log.warning("digest differs", peer=effect.peer, reason=effect.reason)
                     self._to(effect.peer, resync=pb.Resync(reason=effect.reason))
+                case fx.AnnouncePlan():
+                    log.info("exchange", from_round=effect.round, plan=effect.reason)
                 case fx.AnnouncePhase():
                     self._to_all(phase=pb.PhaseNotice(phase=effect.phase.value, reason=effect.reason))
                 case fx.RefusePeer() | fx.RecordEvaluation():
@@ -171,11 +174,15 @@ class Sessions:
             peer=grant.peer,
             round=grant.round,
             base_digest=grant.base_digest,
-            shards=tuple(ShardRef(pass_index=unit[0], index=unit[1]) for unit in grant.units),
+            shards=_refs(grant.units),
             steps_per_shard=self._engine.state.spec.data.shard_steps,
             deadline_in_s=grant.deadline_in_s,
             tokens_before=grant.tokens_before,
             round_tokens=grant.round_tokens,
+            codec=grant.codec,
+            codec_options=dict(grant.codec_options),
+            contribute=grant.contribute,
+            ahead=_refs(grant.ahead),
         )
 
     def _addresses(self, peer: str) -> tuple[str, ...]:
@@ -190,6 +197,10 @@ class Sessions:
     def _to_all(self, **message: object) -> None:
         for session in self.connected():
             session.send(**message)
+
+
+def _refs(units: Sequence[Unit]) -> tuple[ShardRef, ...]:
+    return tuple(ShardRef(pass_index=pass_index, index=index) for pass_index, index in units)
 
 
 def _sample(sessions: Sequence[PeerSession], most: int) -> list[pb.PeerAddress]:

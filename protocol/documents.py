@@ -29,6 +29,7 @@ Name = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00-\x1f\x7
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Reason = Annotated[str, StringConstraints(max_length=300, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Verb = Literal["status", "stop", "pause", "resume", "invite"]
 ALL_SLICES = ("all",)
 
@@ -93,6 +94,10 @@ class Lease(Document):
     deadline_in_s: Share = Field(description="seconds from receipt; only the coordinator's own clock decides")
     tokens_before: Count = Field(description="tokens credited when the round opened: where the schedule stands")
     round_tokens: Count = Field(description="tokens leased to all peers in this round")
+    codec: Name = Field(description="what the contribution is encoded with")
+    codec_options: dict[str, int | float]
+    contribute: bool = Field(True, description="False: train and keep the result; this peer's turn comes later")
+    ahead: tuple[ShardRef, ...] = Field((), description="shards to go on with while the round is exchanged and merged")
 
 
 class Contribution(Document):
@@ -172,6 +177,8 @@ class Manifest(Chained):
     contributions: tuple[Accepted, ...]
     leased_peers: Count
     closed_because: Name
+    inner_steps: Count = Field(description="H of a peer of median speed in this round")
+    plan: Reason = Field(description="why this codec and H")
     tokens_after: Count = Field(description="tokens credited in the whole run, this round's included")
 
 

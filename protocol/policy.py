@@ -10,11 +10,9 @@ It does not look at anything but its arguments, and the same arguments give the 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
 
 from protocol.errors import ConfigError
-
-AUTO: Literal["auto"] = "auto"
+from protocol.run_spec import AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +20,7 @@ class Choice:
     """A codec with its options: bytes a parameter, and what it costs in loss."""
 
     codec: str
-    options: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int | float], ...]
     bytes_per_parameter: float
     penalty: float
 
@@ -54,7 +52,7 @@ class ExchangePlan:
     """What a round exchanges, and why."""
 
     codec: str
-    options: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int | float], ...]
     inner_steps: int
     reason: str
 
@@ -75,7 +73,7 @@ def plan_exchange(
     links: Links,
     share: float,
     codec: str,
-    options: Mapping[str, int],
+    options: Mapping[str, int | float],
     inner_steps: int | None,
 ) -> ExchangePlan:
     """The exchange of the next round. `codec` and `inner_steps` may be given; "auto" and None are chosen here.
@@ -119,7 +117,7 @@ def _share(choice: Choice, inner_steps: int, num_parameters: int, contributors: 
     return exchange / (exchange + inner_steps * links.step_s)
 
 
-def _given(codec: str, options: Mapping[str, int]) -> Choice:
+def _given(codec: str, options: Mapping[str, int | float]) -> Choice:
     wanted = tuple(sorted(options.items()))
     known = next((c for c in CHOICES if c.codec == codec and c.options == wanted), None)
     if known is not None:

@@ -5,12 +5,22 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from protocol.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+AUTO: Literal["auto"] = "auto"
+
+
+def _check_steps(value: object) -> object:
+    if value != AUTO and not (type(value) is int and 1 <= value <= 100_000):
+        raise ValueError('a whole number from 1 to 100000, or "auto"')
+    return value
+
+
+StepsOrAuto = Annotated[int | Literal["auto"], PlainValidator(_check_steps)]
 
 
 class Section(BaseModel):
@@ -67,7 +77,7 @@ class TrainSpec(Section):
 class RoundSpec(Section):
     """How a round opens and closes."""
 
-    inner_steps: Annotated[int, Field(ge=1, le=100_000)] = Field(20, description="H of a peer of median speed")
+    inner_steps: StepsOrAuto = Field(20, description='H of a peer of median speed, or "auto": as links allow')
     min_peers: Annotated[int, Field(ge=1)] = Field(1, description="ready peers needed to open a round")
     quorum_fraction: Fraction = Field(0.0, description="share of the leased weight below which a round is void")
     deadline_factor: Annotated[float, Field(ge=1.0, le=100.0)] = Field(
@@ -81,10 +91,17 @@ class RoundSpec(Section):
 class ExchangeSpec(Section):
     """What is sent."""
 
-    codec: str = Field("int2", description="float32, float16, int8, int4, int2, sign or sparse")
+    codec: str = Field("int2", description="float32, float16, int8, int4, int2, sign, sparse, or auto: as links allow")
     codec_options: dict[str, int | float] = Field(
         default_factory=dict, description="k and chunk for sparse, block for the others"
     )
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.05, description="auto: the part of a round that exchange may take"
+    )
+    max_contributors: Annotated[int, Field(ge=1, le=1024)] = Field(
+        32, description="in one round; with more workers they take turns, and keep their work until theirs comes"
+    )
+    overlap: bool = Field(False, description="go on training while a round is exchanged and merged")
     error_feedback_decay: Fraction = Field(1.0, description="beta in e <- beta e + delta")
 
 
@@ -151,6 +168,8 @@ class RunSpec(Section):
             raise ValueError(
                 "outer.optimizer = 'average' takes neither momentum nor learning_rate; use 'nesterov' or 'sgd'"
             )
+        if self.exchange.codec == AUTO and self.exchange.codec_options:
+            raise ValueError("exchange.codec = 'auto' chooses its own codec_options; leave them out")
         return self
 
     @property

@@ -54,7 +54,9 @@ class CoreRun:
         self.send(ev.InviteIssued(token_id=TOKEN, uses=1000))
 
     def fresh_state(self) -> State:
-        return machine.create(self.spec, num_shards=self.num_shards, initial_digest=digest_after(0))
+        return machine.create(
+            self.spec, num_shards=self.num_shards, num_parameters=1_000_000, initial_digest=digest_after(0)
+        )
 
     def send(self, event: ev.Event, after_s: float = 0.0) -> list[fx.Effect]:
         """Journal the event and let the core handle it, `after_s` seconds later."""
@@ -121,7 +123,7 @@ class CoreRun:
             "inner_steps": len(units) * self.spec.data.shard_steps,
             "tokens": len(units) * self.spec.shard_tokens,
             "mean_loss": 2.0,
-            "codec": "float32",
+            "codec": lease.codec,
             "payload_bytes": 100,
             **changes,
         }
@@ -179,6 +181,6 @@ def outstanding(state: State) -> list[Unit]:
         units += peer.carried
     for lease in state.round.leases.values() if state.round else ():
         if lease.status is not LeaseStatus.CLOSED:
-            units += lease.units
+            units += lease.units + lease.ahead
             units += lease.candidate.carried_units if lease.candidate else []
     return units

@@ -1,8 +1,13 @@
 """From a lease to a contribution: fetch its shards, run its inner steps, encode what came of it, sign a header.
 
 Error feedback lives here: e takes in every pseudo-gradient, and gives up what was sent only when a manifest lists it
-(`settle`). Work that came too late, or was refused, is therefore in the next contribution, whose header names its
-shards again.
+(`settle`). Work that came too late, was refused, or was not this peer's turn is therefore in the next contribution,
+whose header names its shards again.
+
+With overlap the worker goes on while its contribution is exchanged and merged (`go_on`). From θ it has come to θ - Δ;
+it goes on from θ - OWN_SHARE Δ, since the others' average is not there yet, and comes by λ farther. When the merge has
+given θ', the next lease starts from θ' - λ, and its pseudo-gradient is θ' minus where it ends: no step is lost, and
+what is agreed on, θ', is the same for all.
 """
 
 import asyncio
@@ -10,9 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import structlog
 
 from protocol.codecs import get_codec
+from protocol.codecs.payload import Vector
 from protocol.documents import Contribution, Genesis, Lease, Manifest, ShardRef, sign
 from protocol.error_feedback import ErrorFeedback
 from protocol.exchange.piece_index import has_index, make_piece_index
@@ -27,6 +34,7 @@ from worker.trainer import LeaseResult, StepReport, Trainer
 log = structlog.get_logger()
 SHARD_OVERHEAD_BYTES = 4096
 MAX_CARRIED = 4096  # shards; a header has its limit
+OWN_SHARE = 0.5  # of a worker's own step, until the merge is there: best of five values (docs/convergence.md)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +44,18 @@ class Pending:
     round: int
     payload_hash: str
     shards: tuple[ShardRef, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What a lease came to, before it is encoded. Valid until the next one is trained."""
+
+    shards: tuple[ShardRef, ...]  # that a contribution can name; none: there is nothing to contribute now
+    inner_steps: int
+    mean_loss: float
+    compute_s: float
+    displacement: Vector  # (D,): θ minus where the worker has come to
+    residual: Vector  # (D,): the error feedback with it
 
 
 class Contributor:
@@ -63,9 +83,10 @@ class Contributor:
         self._shard_hashes = shard_hashes
         self._throttle = throttle
         self._feedback = ErrorFeedback(genesis.num_parameters)
-        self._codec = get_codec(genesis.spec.exchange.codec, genesis.spec.exchange.codec_options)
+        self._lead: Vector | None = None  # λ
+        self._lead_shards: tuple[ShardRef, ...] = ()
 
-    async def work(
+    async def train(
         self,
         lease: Lease,
         state: State,
@@ -73,21 +94,32 @@ class Contributor:
         *,
         should_stop: Callable[[], bool],
         on_step: Callable[[StepReport], None],
-    ) -> tuple[Contribution, Signed] | None:
-        """Do a lease and return the signed header, its payload being in the store; None when no shard was finished.
-
-        `should_stop` is asked between inner steps. Whatever was computed is in the error feedback afterwards.
-        """
+    ) -> Trained:
+        """Do a lease's inner steps. `should_stop` is asked between them; what was computed is in the error feedback."""
         self._keep_unlisted()
         deadline = time.monotonic() + lease.deadline_in_s - self._genesis.spec.round.exchange_s
-        hashes = [self._shard_hashes[shard.index] for shard in lease.shards]
+        hashes = [self._shard_hashes[shard.index] for shard in (*lease.shards, *lease.ahead)]
         most = SHARD_OVERHEAD_BYTES + 8 * self._genesis.spec.shard_tokens
         await link.fetch_small_blobs(hashes, self._store, most)
-        started = time.monotonic()
-        result = await asyncio.to_thread(
-            self._train, lease, state, hashes, lambda: should_stop() or time.monotonic() > deadline, on_step
+        return await asyncio.to_thread(
+            self._train, lease, state, lambda: should_stop() or time.monotonic() > deadline, on_step
         )
-        return await asyncio.to_thread(self._encode, lease, result, time.monotonic() - started)
+
+    async def encode(self, lease: Lease, trained: Trained) -> tuple[Contribution, Signed]:
+        """The signed header of a contribution, its payload being in the store."""
+        return await asyncio.to_thread(self._encode, lease, trained)
+
+    async def go_on(
+        self,
+        lease: Lease,
+        state: State,
+        trained: Trained,
+        *,
+        should_stop: Callable[[], bool],
+        on_step: Callable[[StepReport], None],
+    ) -> None:
+        """Train on the lease's `ahead` until told to stop. The next lease starts from what came of it."""
+        await asyncio.to_thread(self._go_on, lease, state, trained, should_stop, on_step)
 
     def settle(self, manifest: Manifest) -> bool:
         """Take a manifest into account: True when it lists the pending contribution, which is then done with."""
@@ -105,48 +137,87 @@ class Contributor:
             self.carried, self.pending = self.pending.shards[:MAX_CARRIED], None
 
     def _train(
+        self, lease: Lease, state: State, should_stop: Callable[[], bool], on_step: Callable[[StepReport], None]
+    ) -> Trained:
+        lead, lead_shards = self._lead, self._lead_shards
+        self._lead, self._lead_shards = None, ()
+        start = state.theta if lead is None else state.theta - lead
+        result = self._run(
+            start, lease.shards, lease.tokens_before, lease.round_tokens, should_stop=should_stop, on_step=on_step
+        )
+        displacement = result.pseudo_gradient
+        if lead is not None:
+            displacement += lead
+        residual = self._feedback.compensate(displacement, self._genesis.spec.exchange.error_feedback_decay)
+        self.steps_per_s = result.steps_per_s
+        shards = (*lease.shards[: result.shards_done], *lead_shards, *self.carried)
+        if not lease.contribute or result.shards_done == 0:
+            self.carried, shards = shards[:MAX_CARRIED], ()
+        return Trained(
+            shards=shards,
+            inner_steps=result.inner_steps,
+            mean_loss=result.mean_loss,
+            compute_s=result.compute_s,
+            displacement=displacement,
+            residual=residual,
+        )
+
+    def _go_on(
         self,
         lease: Lease,
         state: State,
-        hashes: Sequence[str],
+        trained: Trained,
+        should_stop: Callable[[], bool],
+        on_step: Callable[[StepReport], None],
+    ) -> None:
+        start = state.theta - np.float32(OWN_SHARE) * trained.displacement
+        tokens = lease.tokens_before + lease.round_tokens
+        result = self._run(start, lease.ahead, tokens, 0, should_stop=should_stop, on_step=on_step)
+        self._lead, self._lead_shards = result.pseudo_gradient, lease.ahead[: result.shards_done]
+
+    def _run(
+        self,
+        start: Vector,
+        refs: Sequence[ShardRef],
+        tokens_before: int,
+        round_tokens: int,
+        *,
         should_stop: Callable[[], bool],
         on_step: Callable[[StepReport], None],
     ) -> LeaseResult:
+        hashes = (self._shard_hashes[ref.index] for ref in refs)
         shards = [decode_shard(self._store.read(hash_), self._genesis.vocabulary_size) for hash_ in hashes]
-        return self._trainer.run_lease(
-            state.theta,
+        result = self._trainer.run_lease(
+            start,
             shards,
-            tokens_before=lease.tokens_before,
-            round_tokens=lease.round_tokens,
+            tokens_before=tokens_before,
+            round_tokens=round_tokens,
             lease_tokens=len(shards) * self._genesis.spec.shard_tokens,
             should_stop=should_stop,
             on_step=on_step,
             throttle=self._throttle,
         )
-
-    def _encode(self, lease: Lease, result: LeaseResult, compute_s: float) -> tuple[Contribution, Signed] | None:
-        residual = self._feedback.compensate(result.pseudo_gradient, self._genesis.spec.exchange.error_feedback_decay)
         self.steps_trained += result.inner_steps
-        self.steps_per_s = result.steps_per_s
-        shards = (*lease.shards[: result.shards_done], *self.carried)
-        if result.shards_done == 0:
-            return None
-        payload = self._codec.encode(residual)
+        return result
+
+    def _encode(self, lease: Lease, trained: Trained) -> tuple[Contribution, Signed]:
+        codec = get_codec(lease.codec, lease.codec_options)
+        payload = codec.encode(trained.residual)
         header = Contribution(
             run_id=self._genesis.run_id,
             peer=self._identity.peer_id,
             round=lease.round,
             lease_id=lease.lease_id,
             base_digest=lease.base_digest,
-            shards=shards,
-            inner_steps=result.inner_steps,
-            tokens=len(shards) * self._genesis.spec.shard_tokens,
-            mean_loss=result.mean_loss,
-            compute_s=compute_s,
-            codec=self._codec.name,
+            shards=trained.shards,
+            inner_steps=trained.inner_steps,
+            tokens=len(trained.shards) * self._genesis.spec.shard_tokens,
+            mean_loss=trained.mean_loss,
+            compute_s=trained.compute_s,
+            codec=codec.name,
             payload_hash=self._store.put(payload),
             payload_bytes=len(payload),
             pieces_hash=self._store.put(make_piece_index(payload)) if has_index(len(payload)) else None,
         )
-        self.pending = Pending(round=lease.round, payload_hash=header.payload_hash, shards=shards)
+        self.pending = Pending(round=lease.round, payload_hash=header.payload_hash, shards=trained.shards)
         return header, sign(header, self._identity)

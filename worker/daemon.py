@@ -138,8 +138,7 @@ class Worker:
             if self._work is None:
                 self._show("preparing")
                 self._work = await self._prepare(link)
-            if self._work.lease is not None and self._work.lease.round < link.welcome.round:
-                await self._work.end()  # its round closed while this worker was cut off
+            await self._work.close_round(int(link.welcome.round) - 1)  # if that was while this worker was cut off
             await self._catch_up(link)
             self._work.attach(link)
             async for message in link.messages():
@@ -238,8 +237,7 @@ class Worker:
 
     async def _merge(self, notice: pb.ManifestNotice, link: CoordinatorLink, work: LeaseWork) -> None:
         manifest = link.open(unpack(notice.manifest), Manifest)
-        if work.lease is not None and manifest.round == work.lease.round:
-            await work.end()
+        await work.close_round(manifest.round)
         self._show("merging")
         try:
             await self._follower.apply_notice(notice, manifest, link)
@@ -273,7 +271,10 @@ class Worker:
             self.status.round, self.status.digest = state.round, state.digest
             link.send(
                 state=pb.StateReport(
-                    round=state.round, digest=state.digest, claimed_steps_per_s=self._claimed_steps_per_s
+                    round=state.round,
+                    digest=state.digest,
+                    claimed_steps_per_s=self._claimed_steps_per_s,
+                    download_bps=self._follower.download_bps,
                 )
             )
             self._show("ready")
@@ -281,6 +282,7 @@ class Worker:
     def _note_step(self, step: StepReport) -> None:
         """Called in the training thread; plain assignments only."""
         self.status.inner_step, self.status.loss = step.inner_step, step.loss
+        self.status.compute_s += step.compute_s
 
     async def _send_heartbeats(self, link: CoordinatorLink) -> None:
         while True:

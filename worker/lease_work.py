@@ -16,7 +16,7 @@ from protocol.exchange.store import BlobStore
 from protocol.replica import State
 from protocol.signing import Signed
 from protocol.wire import coordinator_pb2 as pb
-from worker.contributor import Contributor
+from worker.contributor import Contributor, Trained
 from worker.link import CoordinatorLink
 from worker.trainer import StepReport
 
@@ -41,6 +41,7 @@ class LeaseWork:
         self._show = show
         self._on_step = on_step
         self._task: asyncio.Task[None] | None = None
+        self._ahead: asyncio.Task[None] | None = None  # training on while the contribution is exchanged and merged
         self._stopped = False
         self._sending = False
         self._reveal: asyncio.Future[bool] | None = None  # whether the header that was just sent is committed
@@ -49,7 +50,7 @@ class LeaseWork:
 
     @property
     def idle(self) -> bool:
-        return self._task is None or self._task.done()
+        return all(task is None or task.done() for task in (self._task, self._ahead))
 
     async def begin(self, lease: Lease, state: State | None) -> None:
         """Work on a lease from `state`, and no longer on an earlier one; one that builds on another is handed back."""
@@ -63,6 +64,21 @@ class LeaseWork:
     async def end(self) -> None:
         """Stop after the current inner step. What was computed is in the error feedback, for the next contribution."""
         self._stopped = True
+        await self._end_task()
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            await ahead
+
+    async def close_round(self, round_: int) -> None:
+        """A round is over: its lease is not delivered any more. Training ahead goes on until the next lease."""
+        if self.lease is None or self.lease.round > round_:
+            return
+        if self._ahead is None:
+            await self.end()
+        else:
+            await self._end_task()
+
+    async def _end_task(self) -> None:
         task, self._task, self.lease = self._task, None, None
         if task is not None:
             if self._sending:  # what is sent after the round's close is lost time
@@ -98,23 +114,34 @@ class LeaseWork:
         """Train, encode, deliver. A failure hands the lease back and is told, not raised."""
         try:
             self._show("training")
-            done = await self.contributor.work(
+            trained = await self.contributor.train(
                 lease, state, self._link, should_stop=lambda: self._stopped, on_step=self._on_step
             )
             if self._stopped:
                 return
-            if done is None:
+            if lease.ahead:
+                self._ahead = asyncio.create_task(self._go_on(lease, state, trained))
+            if trained.shards:
+                done = await self.contributor.encode(lease, trained)
+                self._show("sending")
+                self._sending = True
+                await self._deliver(*done)
+            elif lease.contribute:
                 self._return(lease, "no shard was finished in time")
-                return
-            self._show("sending")
-            self._sending = True
-            await self._deliver(*done)
-            self._show("waiting for the merge")
+            self._show("training ahead" if lease.ahead else "waiting for the merge")
         except ManyhandsError as error:
             log.warning("the lease was not fulfilled", lease=lease.lease_id, error=str(error))
             self._return(lease, str(error))
         finally:
             self._sending = False
+
+    async def _go_on(self, lease: Lease, state: State, trained: Trained) -> None:
+        try:
+            await self.contributor.go_on(
+                lease, state, trained, should_stop=lambda: self._stopped, on_step=self._on_step
+            )
+        except ManyhandsError as error:
+            log.warning("training ahead broke off", lease=lease.lease_id, error=str(error))
 
     async def _deliver(self, header: Contribution, signed: Signed) -> None:
         """Commit the header, then reveal the payload; over a new connection when the one in use breaks."""

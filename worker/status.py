@@ -22,6 +22,7 @@ class WorkerStatus:
     bytes_sent: int = 0  # payloads: pushed to the coordinator and served to other workers
     bytes_received: int = 0  # payloads from other workers
     steps_trained: int = 0
+    compute_s: float = 0.0  # inside inner steps
     digest: str = ""
 
     def to_json(self) -> dict[str, object]:

@@ -45,6 +45,7 @@ class StepReport:
     gradient_norm: float
     learning_rate: float
     skipped: bool
+    compute_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +213,7 @@ class Trainer:
                     gradient_norm=step.gradient_norm,
                     learning_rate=rate,
                     skipped=step.skipped,
+                    compute_s=step.compute_s,
                 )
             )
             _sleep(step.compute_s * sleep_per_compute, should_stop)

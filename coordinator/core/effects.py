@@ -24,6 +24,10 @@ class GrantLease:
     deadline_in_s: float
     tokens_before: int
     round_tokens: int
+    codec: str
+    codec_options: tuple[tuple[str, int | float], ...]
+    contribute: bool
+    ahead: tuple[Unit, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,7 @@ class CheckPayload:
     payload_hash: str
     payload_bytes: int
     codec: str
+    codec_options: tuple[tuple[str, int | float], ...]
     pieces_hash: str | None = None
 
 
@@ -77,6 +82,8 @@ class CloseRound:
     divisor: float
     leased_peers: int
     closed_because: str
+    inner_steps: int
+    plan: str
     tokens_after: int
     opened_s: float
 
@@ -105,6 +112,14 @@ class RequestResync:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnnouncePlan:
+    """From this round on another codec or number of inner steps."""
+
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AnnouncePhase:
     phase: Phase
     reason: str
@@ -119,5 +134,6 @@ Effect = (
     | VoidRound
     | RecordEvaluation
     | RequestResync
+    | AnnouncePlan
     | AnnouncePhase
 )

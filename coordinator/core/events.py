@@ -49,6 +49,7 @@ class StateReported:
     round: int
     digest: str
     claimed_steps_per_s: float = 0.0
+    download_bps: float = 0.0  # as the peer measured it in the last merge; 0: not
     kind: Literal["state_reported"] = "state_reported"
 
 
@@ -79,11 +80,15 @@ class ContributionCommitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayloadChecked:
-    """The shell has the payload and looked inside: its norm, or why it is refused."""
+    """The shell has the payload and looked inside: its norm, or why it is refused.
+
+    upload_bps: bits a second at which it came, by the coordinator's clock; 0 where it was here already.
+    """
 
     peer: str
     payload_hash: str
     norm: float
+    upload_bps: float = 0.0
     refused_because: str = ""
     kind: Literal["payload_checked"] = "payload_checked"
 

@@ -49,19 +49,19 @@ def _walk(pool: ShardPool) -> tuple[int, int]:
     return int.from_bytes(digest[8:16], "big") % n, stride
 
 
-def plan_leases(state: State, peers: list[str]) -> tuple[float, dict[str, int]]:
+def plan_leases(state: State, peers: list[str], inner_steps: int) -> tuple[float, dict[str, int]]:
     """For peers that hold the state: the compute time to aim for in seconds, and how many shards each gets.
 
-    Time is what a peer of median speed needs for `round.inner_steps`; a speed that was only claimed has no say in it
+    Time is what a peer of median speed needs for `inner_steps`; a speed that was only claimed has no say in it
     where others were observed. Each peer gets the shards that it finishes in that time at its own speed. One that is
     too slow for a shard by the deadline gets none this time; the peers of median speed and above always get some.
     """
     spec = state.spec
     shard_steps = spec.data.shard_steps
-    steps = max(spec.round.inner_steps, shard_steps)
+    steps = max(inner_steps, shard_steps)
     speeds = {peer: max(state.peers[peer].steps_per_s, steps / MAX_EXPECTED_S) for peer in peers}
     expected_s = steps / median([speeds[peer] for peer in peers if state.peers[peer].observed] or speeds.values())
-    most = min(ceil(spec.round.inner_steps * MAX_LEASE_FACTOR / shard_steps), MAX_UNITS)
+    most = min(ceil(inner_steps * MAX_LEASE_FACTOR / shard_steps), MAX_UNITS)
     plan: dict[str, int] = {}
     for peer, speed in speeds.items():
         if shard_steps / speed > expected_s * spec.round.deadline_factor:
@@ -94,22 +94,23 @@ def set_status(round_: Round, lease: LeaseRecord, status: LeaseStatus) -> None:
 
 
 def close_lease(pool: ShardPool, round_: Round, lease: LeaseRecord, *, carry_to: Peer | None = None) -> None:
-    """End a lease without credit. Its units go back to the pool, or stay with the peer that trained on them.
-
-    A peer carries the newest MAX_UNITS; older ones go back to the pool.
-    """
+    """End a lease without credit. Its units go back to the pool, or stay with the peer that trained on them."""
     if lease.status is LeaseStatus.CLOSED:
         return
     set_status(round_, lease, LeaseStatus.CLOSED)
     candidate, lease.candidate = lease.candidate, None
-    carried = candidate.carried_units if candidate else []
+    units = [*(candidate.carried_units if candidate else []), *lease.units, *lease.ahead]
     if carry_to is None:
-        pool.returned.extend(lease.units)
-        pool.returned.extend(carried)
+        pool.returned.extend(units)
     else:
-        kept = [*carry_to.carried, *carried, *lease.units]
-        pool.returned.extend(kept[:-MAX_UNITS])
-        carry_to.carried = kept[-MAX_UNITS:]
+        carry(pool, carry_to, units)
+
+
+def carry(pool: ShardPool, peer: Peer, units: list[Unit]) -> None:
+    """Units that stay with a peer until its next contribution names them; beyond MAX_UNITS the oldest are freed."""
+    kept = [*peer.carried, *units]
+    pool.returned.extend(kept[:-MAX_UNITS])
+    peer.carried = kept[-MAX_UNITS:]
 
 
 def release_carried(pool: ShardPool, peer: Peer) -> None:
@@ -123,3 +124,9 @@ def observe_speed(peer: Peer, inner_steps: int, elapsed_s: float) -> None:
     speed = inner_steps / max(elapsed_s, 1e-6)
     peer.steps_per_s = (peer.steps_per_s + speed) / 2 if peer.observed else speed
     peer.observed = True
+
+
+def observe_upload(peer: Peer, upload_bps: float) -> None:
+    """Fold the speed of one upload into the estimate. 0 says nothing."""
+    if upload_bps > 0.0:
+        peer.upload_bps = (peer.upload_bps + upload_bps) / 2 if peer.upload_bps else upload_bps

@@ -10,19 +10,19 @@ from collections.abc import Callable, Collection
 from itertools import islice
 from typing import Any
 
+from coordinator.core import contributions, leases, peers, rounds
 from coordinator.core import events as ev
-from coordinator.core import leases, peers, rounds
 from coordinator.core.effects import AnnouncePhase, CheckPayload, Effect, RecordEvaluation
 from coordinator.core.state import LeaseStatus, PeerStatus, Phase, ShardPool, State
 from protocol.run_spec import RunSpec
 
 
-def create(spec: RunSpec, *, num_shards: int, initial_digest: str) -> State:
+def create(spec: RunSpec, *, num_shards: int, num_parameters: int, initial_digest: str) -> State:
     """The state of a run of which only the initial parameters and the shards exist."""
     if num_shards < 1:
         raise ValueError("a run needs at least one shard")
     pool = ShardPool(num_shards=num_shards, seed=spec.seed)
-    return State(spec=spec, pool=pool, checkpoint_digest=initial_digest)
+    return State(spec=spec, num_parameters=num_parameters, pool=pool, checkpoint_digest=initial_digest)
 
 
 def next_deadline(state: State) -> float | None:
@@ -68,10 +68,12 @@ def _count_holders(state: State) -> int:
 
 def pending_checks(state: State) -> list[CheckPayload]:
     """The payloads that committed contributions of the open round still wait for."""
-    open_leases = state.round.leases.values() if state.round else ()
+    round_ = state.round
+    if round_ is None:
+        return []
     return [
-        rounds.check_payload(lease.peer, lease.candidate)
-        for lease in open_leases
+        contributions.check_payload(round_, lease.peer, lease.candidate)
+        for lease in round_.leases.values()
         if lease.status is LeaseStatus.COMMITTED and lease.candidate is not None
     ]
 
@@ -137,17 +139,17 @@ def _return_lease(state: State, event: ev.LeaseReturned, _: float) -> list[Effec
     lease = round_.leases.get(event.peer) if round_ else None
     if round_ is None or lease is None or lease.lease_id != event.lease_id:
         return []
-    if lease.status is LeaseStatus.OPEN:
+    if lease.status in (LeaseStatus.OPEN, LeaseStatus.ASIDE):
         leases.close_lease(state.pool, round_, lease)
     return []
 
 
 def _commit(state: State, event: ev.ContributionCommitted, now_s: float) -> list[Effect]:
-    return rounds.commit_contribution(state, event, now_s)
+    return contributions.commit_contribution(state, event, now_s)
 
 
 def _check(state: State, event: ev.PayloadChecked, _: float) -> list[Effect]:
-    return rounds.record_check(state, event)
+    return contributions.record_check(state, event)
 
 
 def _evaluate(state: State, event: ev.EvaluationReported, _: float) -> list[Effect]:

@@ -88,9 +88,11 @@ def _restore_lease(state: State, event: ev.PeerJoined) -> None:
     """A peer that comes back in its round goes on with its lease; a lease that it does not know of goes back."""
     round_ = state.round
     lease = round_.leases.get(event.peer) if round_ else None
-    if round_ is None or lease is None or lease.status not in (LeaseStatus.OPEN, LeaseStatus.AWAY):
+    if round_ is None or lease is None or lease.status not in (LeaseStatus.OPEN, LeaseStatus.AWAY, LeaseStatus.ASIDE):
         return
     if event.lease_id == lease.lease_id:
+        if lease.status is LeaseStatus.ASIDE:
+            return
         leases.set_status(round_, lease, LeaseStatus.OPEN)
     else:
         leases.close_lease(state.pool, round_, lease)
@@ -114,6 +116,8 @@ def report_state(state: State, event: ev.StateReported, _: float) -> list[Effect
         return []
     if not peer.observed and peer.steps_per_s == 0.0:
         peer.steps_per_s = min(max(event.claimed_steps_per_s, 0.0), leases.MAX_CLAIMED_STEPS_PER_S)
+    if event.download_bps > 0.0:
+        peer.download_bps = event.download_bps
     if event.round > state.rounds_merged:
         _drop_report(state, event.peer, PeerStatus.SYNCING)
         reason = f"a state after {event.round} rounds; the run has merged {state.rounds_merged}"

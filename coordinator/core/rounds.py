@@ -4,7 +4,7 @@ from itertools import islice
 
 from coordinator.core import leases
 from coordinator.core.effects import (
-    CheckPayload,
+    AnnouncePlan,
     CloseRound,
     Credit,
     Effect,
@@ -12,9 +12,12 @@ from coordinator.core.effects import (
     JudgeContribution,
     VoidRound,
 )
-from coordinator.core.events import ContributionCommitted, PayloadChecked
-from coordinator.core.state import Candidate, LeaseRecord, LeaseStatus, PeerStatus, Phase, Round, State
+from coordinator.core.planning import choose_contributors, plan_round
+from coordinator.core.state import LeaseRecord, LeaseStatus, PeerStatus, Phase, Round, State
 from protocol.aggregation import Vote, cap_weights, get_rule
+
+# With overlap: shards to go on with while a round is exchanged, over those of the lease. What is not needed goes back.
+AHEAD_FACTOR = 2
 
 
 def open_round(state: State, base_digest: str, now_s: float) -> list[Effect]:
@@ -23,9 +26,12 @@ def open_round(state: State, base_digest: str, now_s: float) -> list[Effect]:
         if peer.status is PeerStatus.GONE and peer.carried:
             leases.release_carried(state.pool, peer)
     holders = sorted(peer for peer, digest in state.reports.items() if digest == base_digest)
-    expected_s, plan = leases.plan_leases(state, [peer for peer in holders if state.peers[peer].role == "worker"])
+    workers = [peer for peer in holders if state.peers[peer].role == "worker"]
+    plan = plan_round(state, workers)
+    expected_s, shards = leases.plan_leases(state, workers, plan.inner_steps)
+    contributors = choose_contributors(state, shards)
     spec = state.spec
-    num_units = sum(plan.values())
+    num_units = sum(shards.values())
     round_ = Round(
         index=state.rounds_merged,
         base_digest=base_digest,
@@ -34,22 +40,46 @@ def open_round(state: State, base_digest: str, now_s: float) -> list[Effect]:
         expected_s=expected_s,
         tokens_before=state.tokens_credited,
         leased_tokens=num_units * spec.shard_tokens,
+        due_tokens=sum(shards[peer] for peer in contributors) * spec.shard_tokens,
+        plan=plan,
         leases={},
-        unsettled=len(plan),
+        unsettled=len(contributors),
     )
-    units = iter(leases.take_units(state.pool, num_units))
-    for lease_id, (peer_id, shards) in enumerate(plan.items(), state.next_lease_id):
+    ahead = _count_ahead(state, num_units)
+    units = iter(leases.take_units(state.pool, num_units + sum(shards.values()) * ahead))
+    for lease_id, (peer_id, count) in enumerate(shards.items(), state.next_lease_id):
         round_.leases[peer_id] = LeaseRecord(
             lease_id=lease_id,
             peer=peer_id,
-            units=list(islice(units, shards)),
-            inner_steps=shards * spec.data.shard_steps,
+            units=list(islice(units, count)),
+            ahead=list(islice(units, count * ahead)),
+            inner_steps=count * spec.data.shard_steps,
             granted_s=now_s,
+            status=LeaseStatus.OPEN if peer_id in contributors else LeaseStatus.ASIDE,
         )
-    state.next_lease_id += len(plan)
+        if peer_id in contributors:
+            state.peers[peer_id].last_turn = round_.index
+    state.next_lease_id += len(shards)
     state.round = round_
     state.phase = Phase.TRAIN
-    return [grant_lease(round_, lease, now_s) for lease in round_.leases.values()]
+    return [*_announce(state, round_), *(grant_lease(round_, lease, now_s) for lease in round_.leases.values())]
+
+
+def _count_ahead(state: State, num_units: int) -> int:
+    """How many times its lease a peer may train on, while the round is exchanged: nothing in the run's last round."""
+    is_last = state.tokens_credited + num_units * state.spec.shard_tokens >= state.spec.train.tokens
+    return AHEAD_FACTOR if state.spec.exchange.overlap and not is_last else 0
+
+
+def _announce(state: State, round_: Round) -> list[Effect]:
+    before, state.plan = state.plan, round_.plan
+    if before and (before.codec, before.options, before.inner_steps) == (
+        round_.plan.codec,
+        round_.plan.options,
+        round_.plan.inner_steps,
+    ):
+        return []
+    return [AnnouncePlan(round=round_.index, reason=round_.plan.reason)]
 
 
 def grant_lease(round_: Round, lease: LeaseRecord, now_s: float) -> GrantLease:
@@ -63,104 +93,11 @@ def grant_lease(round_: Round, lease: LeaseRecord, now_s: float) -> GrantLease:
         deadline_in_s=round_.deadline_s - now_s,
         tokens_before=round_.tokens_before,
         round_tokens=round_.leased_tokens,
+        codec=round_.plan.codec,
+        codec_options=round_.plan.options,
+        contribute=lease.status is not LeaseStatus.ASIDE,
+        ahead=tuple(lease.ahead),
     )
-
-
-def commit_contribution(state: State, event: ContributionCommitted, now_s: float) -> list[Effect]:
-    """Take a header into the open round, or refuse it with a reason. The payload is looked at next.
-
-    Shards that are neither of the lease nor carried by the peer earn nothing.
-    """
-    round_ = state.round
-    lease = round_.leases.get(event.peer) if round_ else None
-    if round_ is None or lease is None or lease.lease_id != event.lease_id:
-        return _refuse(
-            state, event, "late: the round of this lease is closed; the work counts with the next contribution"
-        )
-    if lease.candidate is not None and lease.candidate.contribution_hash == event.contribution_hash:
-        return [check_payload(event.peer, lease.candidate)]  # the same header again, after a broken connection
-    problem = _find_problem(state, round_, lease, event)
-    if problem:
-        return _refuse(state, event, problem)
-    peer = state.peers[event.peer]
-    done = set(event.units)
-    lease.candidate = Candidate(
-        contribution_hash=event.contribution_hash,
-        payload_hash=event.payload_hash,
-        payload_bytes=event.payload_bytes,
-        codec=event.codec,
-        lease_units=[unit for unit in lease.units if unit in done],
-        carried_units=[unit for unit in peer.carried if unit in done],
-        mean_loss=event.mean_loss,
-        pieces_hash=event.pieces_hash,
-    )
-    leases.set_status(round_, lease, LeaseStatus.COMMITTED)
-    peer.carried = [unit for unit in peer.carried if unit not in done]
-    leases.release_carried(state.pool, peer)
-    # From its shards, not from the header's inner_steps: a speed is never taken from what a peer says of itself.
-    leases.observe_speed(peer, len(lease.candidate.lease_units) * state.spec.data.shard_steps, now_s - lease.granted_s)
-    return [check_payload(event.peer, lease.candidate)]
-
-
-def check_payload(peer: str, candidate: Candidate) -> CheckPayload:
-    """The effect that has a contribution's payload looked at."""
-    return CheckPayload(
-        peer=peer,
-        payload_hash=candidate.payload_hash,
-        payload_bytes=candidate.payload_bytes,
-        codec=candidate.codec,
-        pieces_hash=candidate.pieces_hash,
-    )
-
-
-def _find_problem(state: State, round_: Round, lease: LeaseRecord, event: ContributionCommitted) -> str:
-    """Why this contribution cannot fulfil the lease; empty when it can."""
-    if lease.status is not LeaseStatus.OPEN:
-        return f"the lease is {lease.status.value} already"
-    if event.base_digest != round_.base_digest:
-        return "trained from another state than the lease names"
-    if len(event.units) > 2 * leases.MAX_UNITS:
-        return f"names {len(event.units)} shards; at most {2 * leases.MAX_UNITS} can count"
-    if len(set(event.units)) != len(event.units):
-        return "names a shard twice"
-    if set(lease.units).isdisjoint(event.units):
-        return "none of the lease's shards was finished"
-    if event.tokens != len(event.units) * state.spec.shard_tokens:
-        return "the tokens are not those of its shards"
-    return ""
-
-
-def _refuse(state: State, event: ContributionCommitted, reason: str) -> list[Effect]:
-    if event.peer in state.peers:
-        state.peers[event.peer].refused += 1
-    return [JudgeContribution(peer=event.peer, payload_hash=event.payload_hash, accepted=False, reason=reason)]
-
-
-def record_check(state: State, event: PayloadChecked) -> list[Effect]:
-    """The payload was looked at: it will be merged, or it is refused and its shards go back."""
-    round_ = state.round
-    lease = round_.leases.get(event.peer) if round_ else None
-    if round_ is None or lease is None or lease.candidate is None or lease.status is not LeaseStatus.COMMITTED:
-        return []  # checked already, or its round is closed and the peer was told then
-    if lease.candidate.payload_hash != event.payload_hash:
-        return []
-    if event.refused_because:
-        leases.close_lease(state.pool, round_, lease)
-        state.peers[event.peer].refused += 1
-    else:
-        leases.set_status(round_, lease, LeaseStatus.ACCEPTED)
-        lease.candidate.norm = event.norm
-        finished = set(lease.candidate.lease_units)
-        state.pool.returned.extend(unit for unit in lease.units if unit not in finished)
-        lease.units = lease.candidate.lease_units
-    return [
-        JudgeContribution(
-            peer=event.peer,
-            payload_hash=event.payload_hash,
-            accepted=not event.refused_because,
-            reason=event.refused_because,
-        )
-    ]
 
 
 def close_if_due(state: State, now_s: float) -> list[Effect]:
@@ -197,9 +134,10 @@ def _close(state: State, round_: Round, because: str, now_s: float) -> list[Effe
     tokens = sum(_tokens(state, lease) for lease in accepted)
     if not accepted:
         return void_round(state, round_, f"no contribution was accepted ({because})")
-    if tokens < state.spec.round.quorum_fraction * round_.leased_tokens:
+    if tokens < state.spec.round.quorum_fraction * round_.due_tokens:
         return void_round(state, round_, f"the quorum was missed ({because})")
     _free_the_away(state, round_)
+    _carry_on(state, round_)
     credits_ = _weigh(state, accepted)
     for credit in credits_:
         peer = state.peers[credit.peer]
@@ -221,6 +159,8 @@ def _close(state: State, round_: Round, because: str, now_s: float) -> list[Effe
             divisor=sum(credit.weight for credit in credits_),
             leased_peers=len(round_.leases),
             closed_because=because,
+            inner_steps=round_.plan.inner_steps,
+            plan=round_.plan.reason,
             tokens_after=state.tokens_credited,
             opened_s=round_.opened_s,
         )
@@ -246,6 +186,16 @@ def _free_the_away(state: State, round_: Round) -> None:
     for lease in round_.leases.values():
         if lease.status is LeaseStatus.AWAY:
             leases.close_lease(state.pool, round_, lease)
+
+
+def _carry_on(state: State, round_: Round) -> None:
+    """What was trained without being contributed stays with its peer: of those whose turn it was not, and ahead."""
+    for lease in round_.leases.values():
+        if lease.status is LeaseStatus.ASIDE:
+            leases.close_lease(state.pool, round_, lease, carry_to=state.peers[lease.peer])
+        elif lease.status is LeaseStatus.ACCEPTED:
+            leases.carry(state.pool, state.peers[lease.peer], lease.ahead)
+            lease.ahead = []
 
 
 def _tokens(state: State, lease: LeaseRecord) -> int:

@@ -2,7 +2,8 @@
 
 The state is mutable inside the core and belongs to it alone; the shell reads it. It is made of plain values, so a
 snapshot is its JSON and nothing else. Invariant: every unit (a shard in one pass) is in exactly one place: ahead of the
-pool's cursor, returned to the pool, in one lease that is not closed, carried by one peer, or credited.
+pool's cursor, returned to the pool, in one lease that is not closed (to train now, or ahead), carried by one peer, or
+credited.
 """
 
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from enum import StrEnum
 
 from pydantic import TypeAdapter
 
+from protocol.policy import ExchangePlan
 from protocol.run_spec import RunSpec
 
 Unit = tuple[int, int]  # (pass over the data, shard index)
@@ -36,6 +38,7 @@ class LeaseStatus(StrEnum):
     OPEN = "open"
     COMMITTED = "committed"  # header here, payload not checked yet
     ACCEPTED = "accepted"
+    ASIDE = "aside"  # trains without contributing: its peer's turn comes in a later round
     AWAY = "away"  # its peer left: the round does not wait for it, but is still there if the peer comes back
     CLOSED = "closed"  # refused, returned or expired: its units are elsewhere again
 
@@ -51,6 +54,9 @@ class Peer:
     status: PeerStatus = PeerStatus.SYNCING
     steps_per_s: float = 0.0
     observed: bool = False  # False: steps_per_s is only what the peer claimed
+    upload_bps: float = 0.0  # bits a second, as the coordinator saw it; 0: not yet
+    download_bps: float = 0.0  # as the peer said; 0: not yet
+    last_turn: int = -1  # the last round that it was to contribute to
     carried: list[Unit] = field(default_factory=list)  # trained on, not yet merged: kept for its next contribution
     credited_tokens: int = 0
     credited_shards: int = 0
@@ -78,6 +84,7 @@ class LeaseRecord:
     lease_id: int
     peer: str
     units: list[Unit]
+    ahead: list[Unit]  # to go on with once it is committed; carried by the peer when the round closes
     inner_steps: int
     granted_s: float
     status: LeaseStatus = LeaseStatus.OPEN
@@ -95,6 +102,8 @@ class Round:
     expected_s: float  # compute time that the leases were sized for
     tokens_before: int
     leased_tokens: int
+    due_tokens: int  # of those that contribute
+    plan: ExchangePlan
     leases: dict[str, LeaseRecord]  # by peer
     unsettled: int = 0  # leases that the round still waits for
 
@@ -121,6 +130,7 @@ class State:
     """The whole of it. Rounds are counted from 0; `rounds_merged` manifests exist."""
 
     spec: RunSpec
+    num_parameters: int
     pool: ShardPool
     phase: Phase = Phase.WAITING_FOR_PEERS
     paused: bool = False
@@ -128,6 +138,7 @@ class State:
     tokens_credited: int = 0
     next_lease_id: int = 1
     round: Round | None = None
+    plan: ExchangePlan | None = None  # of the last round that was opened
     peers: dict[str, Peer] = field(default_factory=dict)
     invites: dict[str, InviteRecord] = field(default_factory=dict)
     reports: dict[str, str] = field(default_factory=dict)  # peer -> digest after `rounds_merged` rounds

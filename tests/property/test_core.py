@@ -31,7 +31,7 @@ WORKERS = ("ann", "bob", "cid", "dot", "eve")
 VALIDATOR = "val"
 NAMES_LIST = [*WORKERS, VALIDATOR]
 NAMES = st.sampled_from(NAMES_LIST)
-FAULTS = ["nothing", "again", "lease", "base", "doubled", "tokens", "foreign", "many"]
+FAULTS = ["nothing", "again", "lease", "base", "codec", "doubled", "tokens", "foreign", "many"]
 PAUSES_S = st.sampled_from([0.0, 0.0, 0.0, 0.5, 0.5, 7.0, 10_000.0])
 SPEEDS = st.sampled_from([0.0, 1e-300, 0.01, 1.0, 100.0, 1e308])
 
@@ -45,6 +45,7 @@ def frozen(round_: Round) -> dict[str, Any]:
         "deadline": round_.deadline_s,
         "tokens_before": round_.tokens_before,
         "leased_tokens": round_.leased_tokens,
+        "plan": round_.plan,
         "members": {name: lease.lease_id for name, lease in round_.leases.items()},
     }
 
@@ -59,6 +60,9 @@ class Core(RuleBasedStateMachine):
         num_shards=st.sampled_from([1, 5, 60]),
         tokens=st.sampled_from([200, 1_000, 1_000_000]),
         max_weight_fraction=st.sampled_from([1.0, 0.3]),
+        max_contributors=st.sampled_from([32, 32, 2, 1]),
+        overlap=st.booleans(),
+        codec=st.sampled_from(["int2", "auto"]),
     )
     def begin(self, **drawn: Any) -> None:
         self.run = CoreRun(
@@ -67,6 +71,7 @@ class Core(RuleBasedStateMachine):
             train={"tokens": drawn["tokens"], "batch_sequences": 1},
             round={"inner_steps": 4, **{key: drawn[key] for key in ("min_peers", "quorum_fraction")}},
             aggregation={"max_weight_fraction": drawn["max_weight_fraction"]},
+            exchange={key: drawn[key] for key in ("max_contributors", "overlap", "codec")},
         )
         self.fresh = dump_state(self.run.fresh_state())
         self.trained: dict[str, list[Unit]] = {name: [] for name in NAMES_LIST}
@@ -121,6 +126,8 @@ class Core(RuleBasedStateMachine):
         assert all(grant.units == tuple(round_.leases[name].units) for name, grant in grants.items())
         assert all(0 < len(grant.units) <= leases.MAX_UNITS for grant in grants.values())
         num_leased = sum(len(grant.units) for grant in grants.values())
+        num_contributors = sum(grant.contribute for grant in grants.values())
+        assert num_contributors == min(len(grants), spec.exchange.max_contributors) == round_.unsettled
         assert round_.leased_tokens == num_leased * spec.shard_tokens
         assert 0 <= (num_leased - 1) * spec.shard_tokens < spec.train.tokens - state.tokens_credited
         assert round_.deadline_s <= self.run.now_s + 100 * leases.MAX_EXPECTED_S
@@ -129,7 +136,7 @@ class Core(RuleBasedStateMachine):
         """Keep the books, from the effects alone."""
         match effect:
             case fx.GrantLease():
-                self.trained[effect.peer] = [*self.trained[effect.peer], *effect.units][-50:]
+                self.trained[effect.peer] = [*self.trained[effect.peer], *effect.units, *effect.ahead][-50:]
             case fx.CheckPayload():
                 self.unjudged |= {(effect.peer, effect.payload_hash)} - self.judged
             case fx.JudgeContribution():
@@ -192,6 +199,7 @@ class Core(RuleBasedStateMachine):
             "lease_id": held.lease_id,
             "base_digest": held.base_digest,
             "tokens": len(units) * self.run.spec.shard_tokens,
+            "codec": held.codec,
             **changes,
         }
         return ev.ContributionCommitted(
@@ -199,7 +207,6 @@ class Core(RuleBasedStateMachine):
             units=tuple(units),
             inner_steps=10**9,
             mean_loss=2.0,
-            codec="float32",
             contribution_hash=content,
             payload_hash=sha256_hex(content.encode()),
             payload_bytes=10,
@@ -236,6 +243,7 @@ class Core(RuleBasedStateMachine):
             "nothing": lambda: self.header(name, foreign),
             "lease": lambda: self.header(name, held.units, lease_id=held.lease_id + 10**6),
             "base": lambda: self.header(name, held.units, base_digest=sha256_hex(b"other")),
+            "codec": lambda: self.header(name, held.units, codec="float32"),
             "doubled": lambda: self.header(name, [*held.units, held.units[0]]),
             "tokens": lambda: self.header(name, held.units, tokens=tokens),
             "foreign": lambda: self.header(name, [*held.units, *foreign]),
@@ -255,7 +263,7 @@ class Core(RuleBasedStateMachine):
     def check(self, data: st.DataObject, refused: str, norm: float) -> None:
         name = data.draw(st.sampled_from(self.names_with(LeaseStatus.COMMITTED)))
         hash_ = self.headers[name].payload_hash
-        self.send(ev.PayloadChecked(peer=name, payload_hash=hash_, norm=norm, refused_because=refused))
+        self.send(ev.PayloadChecked(peer=name, payload_hash=hash_, norm=norm, upload_bps=2e6, refused_because=refused))
 
     @precondition(lambda self: self.headers)
     @rule(data=st.data(), known=st.booleans())

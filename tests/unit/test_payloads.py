@@ -23,9 +23,11 @@ INDEX = make_piece_index(PAYLOAD)
 async def check(store: BlobStore, **changes: object) -> PayloadChecked:
     """What the core is told of PAYLOAD, announced with these changes."""
     told: asyncio.Queue[PayloadChecked] = asyncio.Queue()
-    checker = PayloadChecker(store, CODEC, NUM_PARAMETERS, told.put_nowait)
+    checker = PayloadChecker(store, NUM_PARAMETERS, told.put_nowait)
     facts = {"payload_bytes": len(PAYLOAD), "pieces_hash": sha256_hex(INDEX), **changes}
-    checker.expect(CheckPayload(peer="ann", payload_hash=store.put(PAYLOAD), codec="float32", **facts))  # type: ignore[arg-type]
+    checker.expect(
+        CheckPayload(peer="ann", payload_hash=store.put(PAYLOAD), codec="float32", codec_options=(), **facts)
+    )  # type: ignore[arg-type]
     return await told.get()
 
 

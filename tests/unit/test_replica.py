@@ -57,6 +57,8 @@ def round_of(state: State, payloads: list[bytes], **changes: object) -> Manifest
         contributions=accepted,
         leased_peers=len(payloads),
         closed_because="all committed",
+        inner_steps=20,
+        plan="as run.toml says",
         tokens_after=10,
     )
     return manifest.model_copy(update=changes)

@@ -1,0 +1,47 @@
+"""What a round exchanges, and whose contributions: decided when it opens, from what was measured until then."""
+
+from collections.abc import Collection
+
+from coordinator.core.state import State
+from protocol.policy import ExchangePlan, Links, describe_links, plan_exchange
+from protocol.run_spec import AUTO
+from protocol.signing import sha256_hex
+
+
+def plan_round(state: State, workers: Collection[str]) -> ExchangePlan:
+    """Codec and inner steps for a round of these workers, of which there must be one (protocol.policy)."""
+    exchange, inner_steps = state.spec.exchange, state.spec.round.inner_steps
+    return plan_exchange(
+        num_parameters=state.num_parameters,
+        contributors=min(len(workers), exchange.max_contributors),
+        links=_describe_links(state, workers),
+        share=exchange.share,
+        codec=exchange.codec,
+        options=exchange.codec_options,
+        inner_steps=None if inner_steps == AUTO else inner_steps,
+    )
+
+
+def choose_contributors(state: State, workers: Collection[str]) -> set[str]:
+    """At most `max_contributors` of them, those whose last turn is longest ago first; among equals by lot.
+
+    So with N workers everybody's turn comes in every ceil(N / max_contributors) rounds.
+    """
+    most = state.spec.exchange.max_contributors
+    if len(workers) <= most:
+        return set(workers)
+
+    def lot(peer: str) -> str:
+        return sha256_hex(f"{state.spec.seed}:{state.rounds_merged}:{peer}".encode())
+
+    return set(sorted(workers, key=lambda peer: (state.peers[peer].last_turn, lot(peer)))[:most])
+
+
+def _describe_links(state: State, workers: Collection[str]) -> Links:
+    peers = [state.peers[peer] for peer in workers]
+    speeds = [peer.steps_per_s for peer in peers if peer.observed] or [peer.steps_per_s for peer in peers]
+    return describe_links(
+        step_s=[1.0 / max(speed, 1e-6) for speed in speeds],
+        upload_bps=[peer.upload_bps for peer in peers if peer.upload_bps],
+        download_bps=[peer.download_bps for peer in peers if peer.download_bps],
+    )
