@@ -3,13 +3,15 @@
     python -m benchmarks.averaging [--quick] [--json FILE]
 
 Peers are processes on loopback. All begin at a barrier with a vector in memory; a round is over when the last of them
-has the result. The first round, which makes connections, is not counted; figures are medians of three. Loopback costs
-next to nothing, so seconds there are the processors' alone; the last table has links of 100 Mbit/s (a network namespace
-whose loopback is limited; root on Linux, left out elsewhere).
+has the result. The first two rounds, which make connections and touch memory for the first time, are not counted;
+figures are medians of five. Loopback costs next to nothing, so seconds there are the processors' alone; the last table
+has links of 100 Mbit/s (a network namespace whose loopback is limited; root on Linux, left out elsewhere). Seconds on a
+machine that does other things as well say little: the load average is printed, processor seconds stand beside.
 
 manyhands, sparse codec: error feedback, encoding, payloads by hash from the peers that made them, merge, outer step,
-digest of the state. manyhands, butterfly: float16, digests compared. hivemind: DecentralizedAverager with its defaults.
-Its time counts from the moment when the first peer has a group; matchmaking comes on top, in the column `step`.
+digest of the state. What a round leaves to do, taking what was sent off the error feedback, is done after it and shown
+apart. manyhands, butterfly: float16, digests compared. hivemind: DecentralizedAverager with its defaults. Its time
+counts from the moment when the first peer has a group; matchmaking comes on top, in the column `step`.
 
 hivemind and the butterfly average all values, at their codec's precision; the sparse codec sends 1 of 64, the rest
 later by error feedback. That is the point of it, and what it costs in learning is measured elsewhere
@@ -39,11 +41,12 @@ from rich.table import Table
 from benchmarks.figures import Figure, parse_options, write_figures
 
 MILLION = 1_000_000
-NUM_ROUNDS = 4  # the first is not counted
+NUM_ROUNDS, NUM_UNCOUNTED = 7, 2
 MAX_SPOILT = 4  # hivemind may form smaller groups: such a round is played again
 SHARE_TIMEOUT_S = 600.0
 REFERENCE_PEERS = 4
 LINK_MBPS = 100
+_TO_KEY = str.maketrans({" ": "_", ":": None})
 SYSTEMS = {
     "sparse": "manyhands sparse",
     "butterfly": "manyhands butterfly",
@@ -64,6 +67,7 @@ class Outcome:
     cpu_s: float  # a peer, mean, with all its processes
     sent_bytes: float  # a peer, mean
     phases_s: dict[str, float]  # mean over peers
+    phases_cpu_s: dict[str, float]  # mean over peers, of the peer's own process; where it was told
     equal: bool  # bit for bit at all peers, in all rounds
     difference: float  # the largest between two peers in the last round, in a sample, over the largest value
     spoilt_rounds: int  # hivemind: rounds in which the peers did not all meet
@@ -77,7 +81,7 @@ async def measure(system: str, num_peers: int, num_parameters: int, inside: Sequ
             rounds, spoilt = await play(peers)
         samples = [np.load(each / "sample.npy") for each in folders]
     spread = max(float(np.abs(sample - samples[0]).max()) for sample in samples)
-    counted = rounds[1:]
+    counted = rounds[NUM_UNCOUNTED:]
     return Outcome(
         system=system,
         num_peers=num_peers,
@@ -86,7 +90,8 @@ async def measure(system: str, num_peers: int, num_parameters: int, inside: Sequ
         whole_s=statistics.median(duration_s(reports, "begin_s") for reports in counted),
         cpu_s=median_of_means(counted, "cpu_s"),
         sent_bytes=median_of_means(counted, "sent_bytes"),
-        phases_s=mean_phases_s(counted),
+        phases_s=phases_of(counted, "phases_s"),
+        phases_cpu_s=phases_of(counted, "phases_cpu_s"),
         equal=all(len({report["digest"] for report in reports}) == 1 for reports in rounds),
         difference=spread / float(np.abs(samples[0]).max()),
         spoilt_rounds=spoilt,
@@ -106,9 +111,12 @@ def median_of_means(rounds: list[list[Any]], name: str) -> float:
     return value
 
 
-def mean_phases_s(rounds: list[list[Any]]) -> dict[str, float]:
-    phases = [report["phases_s"] for reports in rounds for report in reports]
-    return {name: statistics.mean(phase[name] for phase in phases) for name in phases[0]}
+def phases_of(rounds: list[list[Any]], kind: str) -> dict[str, float]:
+    """The median over rounds of the mean over peers, for each phase."""
+    return {
+        phase: statistics.median(statistics.mean(report[kind][phase] for report in reports) for reports in rounds)
+        for phase in rounds[0][0][kind]
+    }
 
 
 class PeerProcess:
@@ -207,7 +215,8 @@ async def play(peers: list[PeerProcess]) -> tuple[list[list[Any]], int]:
 
 def show(console: Console, outcomes: list[Outcome], network: str = "loopback") -> None:
     first = outcomes[0]
-    table = Table(title=f"{first.num_peers} peers, {first.num_parameters / MILLION:g} M parameters, {network}")
+    size = f"{first.num_peers} peers, {first.num_parameters / MILLION:g} M parameters"
+    table = Table(title=f"{size}, {network}, load average {os.getloadavg()[0]:.1f}")
     table.add_column("system", no_wrap=True)
     for column in ("MB sent", "CPU s", "seconds", "step", "equal", "differ"):
         table.add_column(column, justify="right")
@@ -223,11 +232,16 @@ def show(console: Console, outcomes: list[Outcome], network: str = "loopback") -
         )
     console.print(table)
     for outcome in outcomes:
-        phases = ", ".join(f"{name} {value_s:.2f}" for name, value_s in outcome.phases_s.items())
+        phases = ", ".join(describe_phase(outcome, phase) for phase in outcome.phases_s)
         spoilt = (
             f"; {outcome.spoilt_rounds} rounds in which the peers did not all meet" if outcome.spoilt_rounds else ""
         )
         console.print(f"  {SYSTEMS[outcome.system]}: {phases}{spoilt}", highlight=False)
+
+
+def describe_phase(outcome: Outcome, phase: str) -> str:
+    cpu_s = outcome.phases_cpu_s.get(phase)
+    return f"{phase} {outcome.phases_s[phase]:.2f}" + ("" if cpu_s is None else f" (CPU {cpu_s:.3f})")
 
 
 def figures_of(outcomes: list[Outcome], suffix: str = "") -> dict[str, Figure]:
@@ -253,6 +267,8 @@ def figures_of(outcomes: list[Outcome], suffix: str = "") -> dict[str, Figure]:
         "hivemind_fp16_seconds": fp16.time_s,
         "megabytes_sent": sparse.sent_bytes / 1e6,
         "hivemind_fp16_megabytes_sent": fp16.sent_bytes / 1e6,
+        **{f"seconds_{phase.translate(_TO_KEY)}": value_s for phase, value_s in sparse.phases_s.items()},
+        "load_average": os.getloadavg()[0],
     }
     return {name + suffix: value for name, value in figures.items()}
 

@@ -59,22 +59,31 @@ def make_vector(index: int, num_parameters: int) -> Vector:
 
 
 class Stopwatch:
-    """When the round began, the seconds of each phase since, and the processor's seconds in all."""
+    """When the round began and ended, the seconds of its phases, and the processor's seconds in all.
+
+    The processor's seconds of a phase are this process's alone; those in all are with the processes that it started.
+    """
 
     def __init__(self) -> None:
         own_processes()
         self._cpu_begin_s = cpu_s()
         self.cpu_s = 0.0
-        self.begin_s = self.last_s = time.monotonic()
         self.phases_s: dict[str, float] = {}
+        self.phases_cpu_s: dict[str, float] = {}
+        self._lap_cpu_s = time.process_time()
+        self.begin_s = self.end_s = self._lap_s = time.monotonic()
 
     def lap(self, phase: str) -> None:
-        now_s = time.monotonic()
-        self.phases_s[phase] = now_s - self.last_s
-        self.last_s = now_s
+        lap_s, lap_cpu_s = self._lap_s, self._lap_cpu_s
+        self._lap_s, self._lap_cpu_s = time.monotonic(), time.process_time()
+        self.phases_s[phase] = self._lap_s - lap_s
+        self.phases_cpu_s[phase] = self._lap_cpu_s - lap_cpu_s
 
     def stop(self) -> None:
+        """The round ended with the last lap; laps after this begin now."""
+        self.end_s = self._lap_s
         self.cpu_s = cpu_s() - self._cpu_begin_s
+        self._lap_s, self._lap_cpu_s = time.monotonic(), time.process_time()
 
 
 @functools.cache
@@ -93,7 +102,13 @@ def report(watch: Stopwatch, result: Vector, sent_bytes: int, folder: Path, **mo
     stride = max(1, result.size // SAMPLE_VALUES)
     np.save(folder / "sample.npy", result[::stride])
     digest = hashlib.sha256(result.data).hexdigest()
-    figures = {"begin_s": watch.begin_s, "end_s": watch.last_s, "phases_s": watch.phases_s, "cpu_s": watch.cpu_s}
+    figures = {
+        "begin_s": watch.begin_s,
+        "end_s": watch.end_s,
+        "cpu_s": watch.cpu_s,
+        "phases_s": watch.phases_s,
+        "phases_cpu_s": watch.phases_cpu_s,
+    }
     share({**figures, "sent_bytes": sent_bytes, "digest": digest, **more})
 
 
@@ -110,33 +125,40 @@ async def started_node(folder: Path) -> Any:
 
 async def run_sparse(index: int, num_peers: int, num_parameters: int, folder: Path) -> None:
     """manyhands, as a run does it: all payloads by hash, from the peers that made them; the same merge at everyone."""
-    from protocol.aggregation.merge import merge
     from protocol.codecs import get_codec
     from protocol.error_feedback import ErrorFeedback
     from protocol.exchange.fetch import Wanted, fetch_blobs
     from protocol.exchange.peer import PeerSource
     from protocol.outer import get_outer
-    from protocol.replica import State
+    from protocol.replica import State, merge_into
 
     codec, outer, feedback = get_codec("sparse"), get_outer("average", 1.0, 0.0), ErrorFeedback(num_parameters)
     delta = make_vector(index, num_parameters)
     state = State(0, np.zeros(num_parameters, np.float32))
     async with started_node(folder) as (node, store, peers):
 
-        def encode() -> tuple[str, int]:
-            payload = codec.encode(feedback.compensate(delta, 1.0))
-            return store.put(payload), len(payload)
+        def encode(watch: Stopwatch) -> tuple[str, int]:
+            residual = feedback.compensate(delta, 1.0)
+            watch.lap("error feedback")
+            payload = codec.encode(residual)
+            watch.lap("encode")
+            blob_hash = store.put(payload)
+            watch.lap("store")
+            return blob_hash, len(payload)
 
-        def merge_all(manifest: list[Any]) -> Vector:
+        def merge(before: State, manifest: list[Any], watch: Stopwatch) -> State:
             contributions = ((store.read(blob_hash), WEIGHT, 1.0) for blob_hash, _ in manifest)
-            return merge(contributions, WEIGHT * num_peers, num_parameters)
+            merged = merge_into(before, contributions, WEIGHT * num_peers, outer)
+            watch.lap("merge and outer step")
+            _ = merged.digest
+            watch.lap("digest")
+            return merged
 
         while True:
             sent_bytes = node.bytes_sent
             await share_async("begin")
             watch = Stopwatch()
-            own = await asyncio.to_thread(encode)
-            watch.lap("encode")
+            own = await asyncio.to_thread(encode, watch)
             manifest = await share_async(own)  # in a run, the coordinator's manifest
             watch.lap("wait for all")
             wanted = [
@@ -145,16 +167,14 @@ async def run_sparse(index: int, num_peers: int, num_parameters: int, folder: Pa
             ]
             await fetch_blobs(store, wanted, concurrency=num_peers)
             watch.lap("fetch")
-            gradient = await asyncio.to_thread(merge_all, manifest)
-            watch.lap("merge")
-            theta, _ = outer.step(state.theta, None, gradient)
-            state = State(state.round + 1, theta)
-            digest = await asyncio.to_thread(lambda: state.digest)  # noqa: B023  # awaited at once
-            watch.lap("outer step and digest")
+            state = await asyncio.to_thread(merge, state, manifest, watch)
             await share_async("end")  # nobody fetches any more
             watch.stop()
             await asyncio.to_thread(feedback.settle, store.read(own[0]))
-            await asyncio.to_thread(report, watch, theta, node.bytes_sent - sent_bytes, folder, state=digest)
+            watch.lap("afterwards: settle")
+            await asyncio.to_thread(
+                report, watch, state.theta, node.bytes_sent - sent_bytes, folder, state=state.digest
+            )
             store.prune(set(), 0)
 
 
@@ -217,10 +237,12 @@ def run_hivemind(codec: str, index: int, num_peers: int, num_parameters: int, fo
         step = averager.step(gather=index, timeout=STEP_TIMEOUT_S, wait=False)
         met_s = watch_step(step, hivemind.averaging.control.AveragingStage.RUNNING_ALLREDUCE)
         group = step.result()
-        watch.phases_s = {"matchmaking": met_s - watch.begin_s, "all-reduce": time.monotonic() - met_s}
-        watch.last_s = time.monotonic()
+        watch.lap("all-reduce")
         share("end")
         watch.stop()
+        matchmaking_s = met_s - watch.begin_s
+        watch.phases_s = {"matchmaking": matchmaking_s, "all-reduce": watch.phases_s["all-reduce"] - matchmaking_s}
+        watch.phases_cpu_s = {}  # it averages in another process
         with averager.get_tensors() as (tensor,):
             report(watch, tensor.numpy(), sent.value, folder, met_s=met_s, group=len(group))
 

@@ -1,19 +1,21 @@
-"""Held-out loss alone, together and synchronous, at equal steps and equal tokens, and the bytes that it takes.
+"""Held-out loss at equal tokens: alone, synchronous, DiLoCo, and manyhands over links of three speeds.
 
     python -m benchmarks.convergence [--quick] [--json FILE] [--text PATH] [--steps S] [--seeds N]
 
-*Alone* is one worker with its own S inner steps. *manyhands* are N workers with S steps each on average, trained as a
-real run trains them (benchmarks.training). *Synchronous* is one optimizer whose every step averages the gradients of N
-batches: the same tokens, every gradient exchanged at every step as float32, by a ring all-reduce. Alone and synchronous
-get the best learning rate of the grid that is printed, manyhands that of run.toml's defaults, which it runs with
-throughout; its workers begin with the same seed. `gap` is the share of the way from alone to synchronous, both AdamW.
+*Alone* is one worker with its S inner steps; every other arm trains four times the tokens. *Synchronous* is one
+optimizer whose every step averages the gradients of four batches, exchanged as float32 by a ring all-reduce. *DiLoCo*
+is four workers with AdamW that send float32 and take outer Nesterov steps: 0.7/0.9 as published, and with the milder
+momentum that suits runs this short. *manyhands* are four workers with run.toml's defaults but for what the row says,
+trained as a real run trains them (benchmarks.training). With `auto`, codec and H follow from links of so many Mbit/s up
+and five times that down, where a worker makes STEPS_PER_S inner steps a second.
 
---quick takes a model a third of the size, fewer steps, rates and arms.
+Every arm gets the best of the settings that its row shows, chosen with the first seed. `gap`: the share of the way from
+alone to synchronous, with AdamW (above 100 %: better than synchronous AdamW) and with Muon. One thread throughout.
 """
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,87 +26,108 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from benchmarks.figures import Figure, write_figures
-from benchmarks.training import DEVICE, Dataset, Outcome, load_dataset, train_single, train_together
-from protocol.run_spec import RunSpec
+from benchmarks.training import DEVICE, Dataset, Link, Outcome, load_dataset, train_single, train_together
+from protocol.run_spec import AUTO, RunSpec
 from worker.device import set_threads
 from worker.trainer import Trainer
 
-ADAMW_RATES = (1.5e-3, 3e-3, 6e-3)
-MUON_RATES = (4e-3, 8e-3)
-EVEN, UNEVEN, MANY = (1.0,) * 3, (1.0, 0.6, 0.3), (1.0,) * 8  # inner steps a second, relative; UNEVEN is the demo's
-SMALL: dict[str, Any] = {
-    "model": {
-        "config": {
-            "hidden_size": 64,
-            "intermediate_size": 160,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": False,
-        }
-    }
+NUM_WORKERS = 4
+STEPS_PER_S = 50.0
+UPLOADS_MBPS = (5, 20, 100)
+DOWN_OVER_UP = 5
+ADAMW_RATES = (3e-3, 6e-3)
+MUON_RATES = (2e-2, 4e-2)
+ADAMW_WARMUP = 0.3  # of the run: at 200 steps the best of 0.02, 0.1, 0.2, 0.3 and 0.4; Muon is best with the default
+DILOCO_STEPS = (30, 10, 100)
+MODEL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
 }
 BENCHMARK_S = 3.0
+
+Setting = dict[str, dict[str, Any]]  # sections of run.toml, over the base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One row of the table: how it trains, and at which learning rates it may."""
+    """One row of the table: how it trains, and the settings that it may choose from, by their names in the table."""
 
     title: str
-    optimizer: str
-    rates: tuple[float, ...]
-    batches: int = 1  # of the run's batch in one step, without rounds
-    speeds: tuple[float, ...] = ()  # of manyhands' workers
+    grid: Mapping[str, Setting]
+    num_workers: int = NUM_WORKERS
+    rounds: bool = False  # else the workers average their gradients at every step
+    link: Link | None = None
 
-    @property
-    def width(self) -> int:
-        """Batches trained for each of the S steps."""
-        return len(self.speeds) or self.batches
+    def count_batches(self, num_steps: int, num_seeds: int) -> int:
+        """Batches that it trains: every setting for the first seed, the best one for the others."""
+        return num_steps * self.num_workers * (len(self.grid) + num_seeds - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What an arm came to, at its best rate. losses: one a seed, in nats a token."""
+    """What an arm came to, in its best setting. losses: one a seed, in nats a token."""
 
     losses: tuple[float, ...]
-    learning_rate: float
-    upload_bytes: float  # of the worker that sends most, in the whole run
+    setting: str
+    upload_bytes: float  # of one worker in the whole run
+    plans: tuple[str, ...] = ()
 
     @property
     def loss(self) -> float:
         return statistics.fmean(self.losses)
 
 
-def plan_arms(spec: RunSpec, *, quick: bool) -> dict[str, Arm]:
-    """The arms by the name that their figures have. The other optimizer than the spec's is tried for honesty."""
-    adamw, muon = (ADAMW_RATES[:2], MUON_RATES[:1]) if quick else (ADAMW_RATES, MUON_RATES)
-    chosen, rate = spec.train.optimizer, (spec.train.learning_rate,)
-    other, other_rates = ("adamw", adamw[:1]) if chosen == "muon" else ("muon", muon[:1])
+def plan_arms(*, quick: bool) -> dict[str, Arm]:
+    """The arms, by the name that their figures have."""
+    adamw, muon = _vary_rate("adamw", ADAMW_RATES, quick=quick), _vary_rate("muon", MUON_RATES, quick=quick)
+    auto: Setting = {"exchange": {"codec": AUTO}, "round": {"inner_steps": AUTO}}
+    sparse: Setting = {"exchange": {"codec": "sparse", "codec_options": {"k": 512}}, "round": {"inner_steps": 5}}
     arms = {
-        "alone": Arm(title="alone, adamw", optimizer="adamw", rates=adamw),
-        "alone_muon": Arm(title="alone, muon", optimizer="muon", rates=muon),
-        "synchronous": Arm(title="synchronous, 3 batches, adamw", optimizer="adamw", rates=adamw, batches=3),
-        "synchronous_muon": Arm(title="synchronous, 3 batches, muon", optimizer="muon", rates=muon, batches=3),
-        "manyhands": Arm(title=f"manyhands, 3 workers, {chosen}", optimizer=chosen, rates=rate, speeds=EVEN),
-        "manyhands_uneven": Arm(
-            title=f"manyhands, 100/60/30 % speed, {chosen}", optimizer=chosen, rates=rate, speeds=UNEVEN
+        "alone": Arm(title="alone, adamw", grid=adamw, num_workers=1),
+        "alone_muon": Arm(title="alone, muon", grid=muon, num_workers=1),
+        "synchronous": Arm(title="synchronous, adamw", grid=adamw),
+        "synchronous_muon": Arm(title="synchronous, muon", grid=muon),
+        "diloco_published": Arm(
+            title="DiLoCo float32, outer 0.7/0.9", grid=_vary_steps(adamw, DILOCO_STEPS, 0.9), rounds=True
         ),
-        f"manyhands_{other}": Arm(
-            title=f"manyhands, 3 workers, {other}", optimizer=other, rates=other_rates, speeds=EVEN
+        "diloco_mild": Arm(
+            title="DiLoCo float32, outer 0.7/0.5", grid=_vary_steps(adamw, DILOCO_STEPS[:2], 0.5), rounds=True
         ),
+        "sparse": Arm(title="manyhands, sparse k=512, H 5", grid=_add(muon, sparse), rounds=True),
     }
-    if not quick:
-        arms["synchronous_8"] = Arm(
-            title="synchronous, 8 batches, adamw", optimizer="adamw", rates=adamw[1:], batches=len(MANY)
+    for mbps in UPLOADS_MBPS:
+        link = Link(upload_bps=mbps * 1e6, download_bps=DOWN_OVER_UP * mbps * 1e6)
+        arms[f"auto_{mbps}"] = Arm(
+            title=f"manyhands, auto, {mbps} Mbit/s up", grid=_add(muon, auto), rounds=True, link=link
         )
-        arms["manyhands_8"] = Arm(title=f"manyhands, 8 workers, {chosen}", optimizer=chosen, rates=rate, speeds=MANY)
     return arms
 
 
-def count_batches(arms: dict[str, Arm], num_steps: int, num_seeds: int) -> int:
-    """Batches that all arms train together: every rate for the first seed, the best one for the others."""
-    return sum(num_steps * arm.width * (len(arm.rates) + num_seeds - 1) for arm in arms.values())
+def _vary_rate(optimizer: str, rates: Sequence[float], *, quick: bool) -> dict[str, Setting]:
+    warmup = {"warmup_fraction": ADAMW_WARMUP} if optimizer == "adamw" else {}
+    return {
+        f"{rate:g}": {"train": {"optimizer": optimizer, "learning_rate": rate, **warmup}}
+        for rate in (rates[:1] if quick else rates)
+    }
+
+
+def _vary_steps(grid: Mapping[str, Setting], inner_steps: Sequence[int], momentum: float) -> dict[str, Setting]:
+    """`grid` times these H, sent as float32, with DiLoCo's outer optimizer."""
+    outer = {"optimizer": "nesterov", "learning_rate": 0.7, "momentum": momentum}
+    return {
+        f"{name} H {steps}": setting
+        | {"exchange": {"codec": "float32"}, "round": {"inner_steps": steps}, "outer": outer}
+        for steps in inner_steps
+        for name, setting in grid.items()
+    }
+
+
+def _add(grid: Mapping[str, Setting], more: Setting) -> dict[str, Setting]:
+    return {name: setting | more for name, setting in grid.items()}
 
 
 def train_arm(
@@ -112,22 +135,24 @@ def train_arm(
 ) -> Result:
     """Train an arm for S = num_steps, once for each dataset, which is its run's data under the seed of its place."""
 
-    def train(rate: float, seed: int) -> Outcome:
-        tokens = num_steps * arm.width * base.step_tokens
-        spec = change(base, seed=seed, train={"tokens": tokens, "optimizer": arm.optimizer, "learning_rate": rate})
-        if arm.speeds:
-            return train_together(spec, datasets[seed], arm.speeds, lambda: on_batches(1))
-        return train_single(spec, datasets[seed], arm.batches, lambda: on_batches(arm.batches))
+    def train(setting: str, seed: int) -> Outcome:
+        spec = change(base, seed=seed, **arm.grid[setting])
+        spec = change(spec, train={"tokens": num_steps * arm.num_workers * base.step_tokens})
+        if arm.rounds:
+            speeds = (STEPS_PER_S,) * arm.num_workers
+            return train_together(spec, datasets[seed], speeds, arm.link, lambda: on_batches(1))
+        return train_single(spec, datasets[seed], arm.num_workers, lambda: on_batches(arm.num_workers))
 
-    first = {rate: train(rate, 0) for rate in arm.rates}
-    best = min(first, key=lambda rate: first[rate].loss)
+    first = {setting: train(setting, 0) for setting in arm.grid}
+    best = min(first, key=lambda setting: first[setting].loss)
     outcomes = [first[best], *(train(best, seed) for seed in range(1, len(datasets)))]
-    ring_bytes = 2 * (arm.batches - 1) / arm.batches * 4 * outcomes[0].state.theta.size * num_steps
-    sent = [max(outcome.upload_bytes) if arm.speeds else ring_bytes for outcome in outcomes]
+    ring_bytes = 2 * (arm.num_workers - 1) / arm.num_workers * 4 * outcomes[0].state.theta.size * num_steps
+    sent = [max(outcome.upload_bytes) if arm.rounds else ring_bytes for outcome in outcomes]
     return Result(
         losses=tuple(outcome.loss for outcome in outcomes),
-        learning_rate=best,
+        setting=best,
         upload_bytes=statistics.fmean(sent),
+        plans=first[best].plans,
     )
 
 
@@ -139,22 +164,25 @@ def change(spec: RunSpec, **sections: Any) -> RunSpec:
     return RunSpec.model_validate(values)
 
 
-def recovered(alone: Result, result: Result, synchronous: Result) -> float:
-    """The share of the gap between alone and synchronous that `result` closes; above 1 it is below synchronous."""
-    return (alone.loss - result.loss) / (alone.loss - synchronous.loss)
+def recovered(results: Mapping[str, Result], name: str, suffix: str = "") -> float:
+    """The share of the gap between alone and synchronous that an arm closes; above 1 it is below synchronous.
+
+    suffix: "" for the gap with AdamW, "_muon" for the one with Muon.
+    """
+    alone, synchronous = results[f"alone{suffix}"].loss, results[f"synchronous{suffix}"].loss
+    return (alone - results[name].loss) / (alone - synchronous)
 
 
-def figures_of(results: dict[str, Result], spec: RunSpec) -> dict[str, Figure]:
-    """The flat figures; losses in nats a token."""
-    suffix = "_muon" if spec.train.optimizer == "muon" else ""
-    alone, synchronous, together = results["alone"], results["synchronous"], results["manyhands"]
-    same_alone, same_synchronous = results[f"alone{suffix}"], results[f"synchronous{suffix}"]
+def figures_of(results: Mapping[str, Result]) -> dict[str, Figure]:
+    """The flat figures; losses in nats a token, the others of `auto` at 20 Mbit/s where the name does not say."""
+    diloco = min(results["diloco_published"].loss, results["diloco_mild"].loss)
     return {
         **{f"loss_{name}": result.loss for name, result in results.items()},
-        "gap_recovered": recovered(alone, together, synchronous),
-        "gap_recovered_same_optimizer": recovered(same_alone, together, same_synchronous),
-        "upload_bytes": together.upload_bytes,
-        "upload_share_of_synchronous": together.upload_bytes / synchronous.upload_bytes,
+        **{f"upload_bytes_{name}": result.upload_bytes for name, result in results.items()},
+        "gap_recovered": recovered(results, "auto_20"),
+        **{f"gap_recovered_muon_{mbps}": recovered(results, f"auto_{mbps}", "_muon") for mbps in UPLOADS_MBPS},
+        "loss_vs_diloco_fp32": results["auto_20"].loss / diloco,
+        "loss_vs_diloco_fp32_published": results["auto_20"].loss / results["diloco_published"].loss,
     }
 
 
@@ -168,30 +196,22 @@ def measure_step_ms(base: RunSpec, vocabulary_size: int) -> dict[str, Figure]:
     return {f"{name}_ms_per_step": 1e3 / speeds[name] for name in names}
 
 
-def show(console: Console, arms: dict[str, Arm], results: dict[str, Result]) -> None:
-    table = Table("", "held-out loss", "gap", "learning rate (of)", "one worker uploads")
+def show(console: Console, arms: Mapping[str, Arm], results: Mapping[str, Result]) -> None:
+    table = Table("", "held-out loss", "gap adamw", "muon", "setting (of)", "uploads, MB")
     for name, result in results.items():
-        arm = arms[name]
-        synchronous = results["synchronous_8" if arm.width == len(MANY) else "synchronous"]
         each = f" ({' '.join(f'{loss:.3f}' for loss in result.losses)})" if len(result.losses) > 1 else ""
         table.add_row(
-            arm.title,
+            arms[name].title,
             f"{result.loss:.4f}{each}",
-            f"{100 * recovered(results['alone'], result, synchronous):.0f} %",
-            f"{result.learning_rate:g} ({', '.join(f'{rate:g}' for rate in arm.rates)})",
-            f"{result.upload_bytes / 1e6:,.2f} MB" if result.upload_bytes else "nothing",
+            f"{recovered(results, name):.0%}",
+            f"{recovered(results, name, '_muon'):.0%}",
+            f"{result.setting} ({', '.join(arms[name].grid)})",
+            f"{result.upload_bytes / 1e6:,.2f}" if arms[name].num_workers > 1 else "0",
         )
     console.print(table)
-
-
-def describe(spec: RunSpec, num_parameters: int, num_steps: int, num_seeds: int) -> str:
-    """What all arms have in common, and manyhands' settings."""
-    outer = f"{spec.outer.optimizer} {spec.outer.learning_rate}/{spec.outer.momentum}"
-    return (
-        f"{num_parameters:,} parameters, {num_steps} steps a worker, {spec.step_tokens} tokens each, {num_seeds} "
-        f"seed(s), text: {spec.data.source}\nmanyhands: {spec.train.optimizer} at {spec.train.learning_rate:g}, "
-        f"H = {spec.round.inner_steps}, {spec.exchange.codec}, outer {outer}"
-    )
+    for name, result in results.items():
+        if arms[name].link:
+            console.print(f"{arms[name].title}: {'; then '.join(result.plans)}", highlight=False)
 
 
 @contextmanager
@@ -204,25 +224,32 @@ def count_progress(console: Console, total: int) -> Iterator[Callable[[int], Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a smaller model, fewer rates and arms: a few minutes")
+    parser.add_argument("--quick", action="store_true", help="one rate an arm, one seed, 120 steps: a few minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as a flat JSON object")
     parser.add_argument("--text", default="stdlib", metavar="PATH", help="a file, a folder, or stdlib (default)")
-    parser.add_argument("--steps", type=int, default=300, metavar="S", help="inner steps of one worker (300)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds (1)")
+    parser.add_argument("--steps", type=int, metavar="S", help="inner steps of one worker (200)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="how many seeds (3)")
     options = parser.parse_args()
+    num_steps, num_seeds = (
+        options.steps or (120 if options.quick else 200),
+        options.seeds or (1 if options.quick else 3),
+    )
     set_threads(1)  # as a worker of the demo; with more, steps this small mostly wait for each other on a busy machine
     console = Console()
-    most_tokens = 1_000_000 if options.quick else 3_000_000
-    base = change(RunSpec(), data={"source": options.text, "max_tokens": most_tokens}, **SMALL if options.quick else {})
-    datasets = [load_dataset(change(base, seed=seed)) for seed in range(options.seeds)]
-    step_ms = measure_step_ms(base, datasets[0].vocabulary_size)
-    arms = plan_arms(base, quick=options.quick)
-    with count_progress(console, count_batches(arms, options.steps, options.seeds)) as on_batches:
-        results = {name: train_arm(arm, base, datasets, options.steps, on_batches) for name, arm in arms.items()}
-    num_parameters = Trainer(base, datasets[0].vocabulary_size, DEVICE).num_parameters
-    console.print(describe(base, num_parameters, options.steps, options.seeds))
+    data = {"source": options.text, "max_tokens": 1_000_000, "sequence_length": 64}
+    base = change(RunSpec(), data=data, model={"config": MODEL})
+    datasets = [load_dataset(change(base, seed=seed)) for seed in range(num_seeds)]
+    vocabulary_size = datasets[0].vocabulary_size
+    step_ms = measure_step_ms(base, vocabulary_size)
+    arms = plan_arms(quick=options.quick)
+    with count_progress(console, sum(arm.count_batches(num_steps, num_seeds) for arm in arms.values())) as on_batches:
+        results = {name: train_arm(arm, base, datasets, num_steps, on_batches) for name, arm in arms.items()}
+    console.print(
+        f"{Trainer(base, vocabulary_size, DEVICE).num_parameters:,} parameters, {NUM_WORKERS} workers with {num_steps} "
+        f"steps of {base.step_tokens} tokens each, {num_seeds} seed(s), text: {options.text}"
+    )
     show(console, arms, results)
-    figures = figures_of(results, base) | step_ms
+    figures = figures_of(results) | step_ms
     for name, value in figures.items():
         console.print(f"{name:<32}{value:.4f}", highlight=False)
     write_figures(options.json, figures)

@@ -1,10 +1,11 @@
 """Whole runs in one process: the product's own pieces, workers one after the other, no sockets, no processes.
 
-`train_together` drives the coordinator's core on a virtual clock, so leases, weights, clip factors and the schedule are
-those of a real run; workers train with worker.trainer, keep their error feedback, and encode with the run's codec; the
-ledger writes signed manifests, and the state moves by `apply_manifest` alone. All replicas being equal, one stands for
-all. What it leaves out: transport, late and failing peers, and the time that any of this takes. `train_single` is what
-it is compared with: one optimizer on one stream of batches.
+`train_together` drives the coordinator's core on a virtual clock, so leases, plans, weights, clip factors and the
+schedule are those of a real run; workers train with worker.trainer, keep their error feedback, and encode as their
+lease says; the ledger writes signed manifests, and the state moves by `apply_manifest` alone. All replicas being equal,
+one stands for all. With a `Link`, payloads take their time on that clock and the core is told of what was measured, so
+`exchange.codec` and `round.inner_steps` may be "auto". What it leaves out: transport, turns, overlap, late and failing
+peers. `train_single` is what it is compared with: one optimizer on one stream of batches.
 
 Same spec, data and speeds on the same machine with the same number of threads: the same bits.
 
@@ -58,6 +59,14 @@ class Dataset:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A worker's line to everybody else, in bits a second."""
+
+    upload_bps: float
+    download_bps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What training came to. loss: held out, in nats a token."""
 
@@ -66,6 +75,7 @@ class Outcome:
     inner_steps: tuple[int, ...]  # of each worker
     upload_bytes: tuple[int, ...]  # of each worker: the lengths of its accepted payloads
     state: State
+    plans: tuple[str, ...] = ()  # why codec and H were chosen, whenever they changed
 
 
 @dataclass(kw_only=True)
@@ -126,28 +136,42 @@ def train_single(
 
 
 def train_together(
-    spec: RunSpec, data: Dataset, speeds: Sequence[float], on_step: Callable[[], None] = lambda: None
+    spec: RunSpec,
+    data: Dataset,
+    speeds: Sequence[float],
+    link: Link | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """A whole run of len(speeds) workers, which make so many inner steps a second on the virtual clock."""
-    return _Run(spec, data, speeds, on_step).finish()
+    """A whole run of len(speeds) workers, which make so many inner steps a second on the virtual clock.
+
+    link: of each of them; None: payloads take no time and nothing is measured.
+    """
+    return _Run(spec, data, speeds, link, on_step).finish()
 
 
 class _Run:
     """The coordinator's side of a run, on a virtual clock, and its workers."""
 
-    def __init__(self, spec: RunSpec, data: Dataset, speeds: Sequence[float], on_step: Callable[[], None]) -> None:
+    def __init__(
+        self, spec: RunSpec, data: Dataset, speeds: Sequence[float], link: Link | None, on_step: Callable[[], None]
+    ) -> None:
         # the first round is to open when the last worker has joined, not before
         spec = spec.model_copy(update={"round": spec.round.model_copy(update={"min_peers": len(speeds)})})
-        self._spec, self._data, self._on_step = spec, data, on_step
+        self._spec, self._data, self._link, self._on_step = spec, data, link, on_step
         self._operator = _identity("coordinator")
         self._ledger = LedgerWriter(self._operator, RUN_ID, spec, None)
-        self._codec = get_codec(spec.exchange.codec, spec.exchange.codec_options)
         self._workers = {worker.identity.peer_id: worker for worker in self._make_workers(speeds)}
         first = next(iter(self._workers.values()))
         self._state = State(0, parameters.flatten(first.trainer.model))
-        self._core = machine.create(spec, num_shards=len(data.shards), initial_digest=self._state.digest)
+        self._core = machine.create(
+            spec,
+            num_shards=len(data.shards),
+            num_parameters=first.trainer.num_parameters,
+            initial_digest=self._state.digest,
+        )
         self._payloads: dict[str, bytes] = {}
         self._headers: dict[str, Signed] = {}
+        self._plans: list[str] = []
         self._now_s = 0.0
 
     def finish(self) -> Outcome:
@@ -162,6 +186,7 @@ class _Run:
             inner_steps=tuple(worker.inner_steps for worker in workers),
             upload_bytes=tuple(worker.upload_bytes for worker in workers),
             state=self._state,
+            plans=tuple(self._plans),
         )
 
     def _make_workers(self, speeds: Sequence[float]) -> Iterator[VirtualWorker]:
@@ -184,9 +209,9 @@ class _Run:
             self._handle(
                 ev.PeerJoined(peer=peer, name=peer[-4:], device="", role="worker", token_id=INVITE_ID, lease_id=None)
             )
-        return self._report_all()
+        return self._report_all(download_bps=0.0)
 
-    def _report_all(self) -> list[fx.GrantLease]:
+    def _report_all(self, download_bps: float) -> list[fx.GrantLease]:
         """Tell the core that every worker holds the state; returns the leases of the round that this opens."""
         effects: list[fx.Effect] = []
         for peer, worker in self._workers.items():
@@ -196,32 +221,31 @@ class _Run:
                     round=self._state.round,
                     digest=self._state.digest,
                     claimed_steps_per_s=worker.steps_per_s,
+                    download_bps=download_bps,
                 )
             )
+        self._plans += [effect.reason for effect in effects if isinstance(effect, fx.AnnouncePlan)]
         return [effect for effect in effects if isinstance(effect, fx.GrantLease)]
 
     def _play_round(self, granted: Sequence[fx.GrantLease]) -> list[fx.GrantLease]:
-        """Work on the leases in the order in which they finish, merge, and open the next round."""
-        opened_s = self._now_s
+        """Work on the leases, tell the core of each in the order of the clock, merge, and open the next round."""
+        events = [event for lease in granted for event in self._work(lease, self._workers[lease.peer])]
         effects: list[fx.Effect] = []
-
-        def finishes_s(lease: fx.GrantLease) -> float:
-            steps = len(lease.units) * self._spec.data.shard_steps
-            return opened_s + steps / self._workers[lease.peer].steps_per_s
-
-        for lease in sorted(granted, key=finishes_s):
-            self._now_s = finishes_s(lease)
-            effects += self._contribute(lease, self._workers[lease.peer])
+        for self._now_s, event in sorted(events, key=lambda timed: timed[0]):
+            effects += self._handle(event)
         for effect in effects:
             if isinstance(effect, fx.CloseRound):
+                self._download(effect)
                 self._merge(effect)
-        return self._report_all()
+        return self._report_all(self._link.download_bps if self._link else 0.0)
 
-    def _contribute(self, lease: fx.GrantLease, worker: VirtualWorker) -> list[fx.Effect]:
+    def _work(self, lease: fx.GrantLease, worker: VirtualWorker) -> list[tuple[float, ev.Event]]:
+        """Train and encode; what the core hears of it, and when."""
         result = self._train(lease, worker)
         residual = worker.feedback.compensate(result.pseudo_gradient, self._spec.exchange.error_feedback_decay)
-        payload = self._codec.encode(residual)
-        header = self._sign_header(lease, worker, result, payload)
+        payload = get_codec(lease.codec, dict(lease.codec_options)).encode(residual)
+        hash_, header = sha256_hex(payload), self._sign_header(lease, worker, result, payload)
+        self._payloads[hash_], self._headers[header.hash] = payload, header
         worker.inner_steps += result.inner_steps
         committed = ev.ContributionCommitted(
             peer=lease.peer,
@@ -231,18 +255,20 @@ class _Run:
             inner_steps=result.inner_steps,
             tokens=result.tokens,
             mean_loss=result.mean_loss,
-            codec=self._codec.name,
+            codec=lease.codec,
             contribution_hash=header.hash,
-            payload_hash=sha256_hex(payload),
+            payload_hash=hash_,
             payload_bytes=len(payload),
         )
-        self._payloads[committed.payload_hash] = payload
-        self._headers[header.hash] = header
-        norm = codec_of(payload).inspect(payload, self._state.theta.size).norm
-        return [
-            *self._handle(committed),
-            *self._handle(ev.PayloadChecked(peer=lease.peer, payload_hash=committed.payload_hash, norm=norm)),
-        ]
+        checked = ev.PayloadChecked(
+            peer=lease.peer,
+            payload_hash=hash_,
+            norm=codec_of(payload).inspect(payload, self._state.theta.size).norm,
+            upload_bps=self._link.upload_bps if self._link else 0.0,
+        )
+        trained_s = self._now_s + result.inner_steps / worker.steps_per_s
+        upload_s = 8.0 * len(payload) / self._link.upload_bps if self._link else 0.0
+        return [(trained_s, committed), (trained_s + upload_s, checked)]
 
     def _train(self, lease: fx.GrantLease, worker: VirtualWorker) -> LeaseResult:
         return worker.trainer.run_lease(
@@ -267,11 +293,19 @@ class _Run:
             tokens=result.tokens,
             mean_loss=result.mean_loss,
             compute_s=result.compute_s,
-            codec=self._codec.name,
+            codec=lease.codec,
             payload_hash=sha256_hex(payload),
             payload_bytes=len(payload),
         )
         return sign(header, worker.identity)
+
+    def _download(self, closed: fx.CloseRound) -> None:
+        """Let the time pass in which every worker fetches the payloads of the others."""
+        if self._link is None:
+            return
+        sizes = {credit.peer: credit.payload_bytes for credit in closed.credits}
+        most = max(sum(sizes.values()) - sizes.get(peer, 0) for peer in self._workers)
+        self._now_s += 8.0 * most / self._link.download_bps
 
     def _merge(self, closed: fx.CloseRound) -> None:
         entries = self._ledger.append_round(closed, self._headers, unix_s=self._now_s)

@@ -129,12 +129,14 @@ class Engine:
         batch.journal.append(
             JournalRow(seq=self._journal_seq, now_s=now_s, unix_s=unix_s, event=ev.dump_event(submission.event))
         )
-        if any(isinstance(effect, fx.CheckPayload | fx.RecordEvaluation) for effect in effects):
+        if any(_keeps_document(effect) for effect in effects):
             batch.documents += submission.documents  # what the core refused is not kept
             self._headers |= {signed.hash: signed for signed in submission.documents}
         entries: list[LedgerRow] = []
         for effect in effects:
             entries += self._write_entries(effect, batch, now_s, unix_s)
+            if isinstance(effect, fx.AnnouncePlan):
+                log.info("exchange", from_round=effect.round, plan=effect.reason)
         if self.state.phase is not phase:
             log.info("phase", phase=self.state.phase.value, reason=machine.describe_phase(self.state))
         return Committed(event=submission.event, effects=effects, entries=entries)
@@ -167,6 +169,12 @@ class Engine:
 
     def is_finished(self) -> bool:
         return self.state.phase is Phase.FINISHED
+
+
+def _keeps_document(effect: fx.Effect) -> bool:
+    return isinstance(effect, fx.CheckPayload | fx.RecordEvaluation) or (
+        isinstance(effect, fx.JudgeContribution) and effect.accepted
+    )
 
 
 def _describe_round(closed: fx.CloseRound, now_s: float, unix_s: float) -> RoundRow:

@@ -1,6 +1,7 @@
 """Writes the hash chain: each entry names its place and the hash of the entry before it, and is signed."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 from coordinator.core.effects import CloseRound, Credit
 from coordinator.storage.database import LedgerRow
@@ -9,6 +10,7 @@ from protocol.documents import (
     Chained,
     Evaluation,
     Genesis,
+    GroupPayload,
     Manifest,
     Receipt,
     ShardRef,
@@ -54,7 +56,8 @@ class LedgerWriter:
             outer_learning_rate=outer.learning_rate,
             outer_momentum=outer.momentum,
             divisor=closed.divisor,
-            contributions=tuple(_accepted(credit) for credit in closed.credits),
+            contributions=tuple(accepted_of(credit) for credit in closed.credits),
+            groups=tuple(GroupPayload(**asdict(group)) for group in closed.groups),
             leased_peers=closed.leased_peers,
             closed_because=closed.closed_because,
             inner_steps=closed.inner_steps,
@@ -98,7 +101,8 @@ class LedgerWriter:
         return row
 
 
-def _accepted(credit: Credit) -> Accepted:
+def accepted_of(credit: Credit) -> Accepted:
+    """A credit as manifests and merge orders have it."""
     return Accepted(
         peer=credit.peer,
         name=credit.name,

@@ -8,6 +8,7 @@ import asyncio
 import hmac
 import json
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -209,6 +210,8 @@ class CoordinatorService(CoordinatorServiceServicer):
                         reason=_limited(message.lease_return.reason, 200),
                     )
                 )
+            case "group_merged":
+                self._take_group_merged(message.group_merged, session)
             case "evaluation":
                 self._take_evaluation(unpack(message.evaluation), session)
             case "leaving":
@@ -257,6 +260,23 @@ class CoordinatorService(CoordinatorServiceServicer):
             return None
         codec = get_codec(round_.plan.codec, dict(round_.plan.options))
         return codec.payload_bytes_max(self._run.num_parameters)
+
+    def _take_group_merged(self, merged: pb.GroupMerged, session: PeerSession) -> None:
+        most = get_codec("float32").payload_bytes_max(self._run.num_parameters)
+        if merged.payload_bytes > most:
+            raise VerificationError(f"a merged payload of {merged.payload_bytes} bytes; at most {most}")
+        self._engine.submit(
+            ev.GroupMerged(
+                peer=session.peer,
+                round=merged.round,
+                group=merged.group,
+                attempt=merged.attempt,
+                payload_hash=_hash_or_none(merged.payload_hash) or "",
+                payload_bytes=merged.payload_bytes,
+                pieces_hash=_hash_or_none(merged.pieces_hash),
+                blamed=_limited(merged.blamed, 64),
+            )
+        )
 
     def _is_committed(self, signed: Signed, peer: str) -> bool:
         """Whether this very header is in the open round already: it is sent again after a broken connection."""
@@ -384,6 +404,12 @@ def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise VerificationError("a number that is not finite")
     return value
+
+
+def _hash_or_none(text: str) -> str | None:
+    if text and not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise VerificationError("not a SHA-256 in hex")
+    return text or None
 
 
 def _limited(text: str, most: int) -> str:

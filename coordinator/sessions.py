@@ -5,7 +5,7 @@ A peer that does not read is cut off when its outbox is full, so that it cannot 
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
 
@@ -14,9 +14,10 @@ import structlog
 from coordinator.core import effects as fx
 from coordinator.core.state import Unit
 from coordinator.engine import Committed, Engine
+from coordinator.ledger import accepted_of
 from coordinator.payloads import PayloadChecker
 from coordinator.storage.database import LedgerRow
-from protocol.documents import Lease, Receipt, ShardRef, sign
+from protocol.documents import Lease, MergeOrder, Receipt, ShardRef, sign
 from protocol.envelope import pack
 from protocol.identity import Identity
 from protocol.wire import coordinator_pb2 as pb
@@ -132,6 +133,8 @@ class Sessions:
                     self._to(effect.peer, verdict=verdict)
                     if not effect.accepted:
                         log.warning("contribution refused", peer=effect.peer, reason=effect.reason)
+                case fx.OrderMerge():
+                    self._to(effect.peer, merge_order=self._merge_order(effect))
                 case fx.CloseRound():
                     self._payloads.forget()
                     self._announce_round(effect, committed.entries)
@@ -141,18 +144,14 @@ class Sessions:
                 case fx.RequestResync():
                     log.warning("digest differs", peer=effect.peer, reason=effect.reason)
                     self._to(effect.peer, resync=pb.Resync(reason=effect.reason))
-                case fx.AnnouncePlan():
-                    log.info("exchange", from_round=effect.round, plan=effect.reason)
                 case fx.AnnouncePhase():
                     self._to_all(phase=pb.PhaseNotice(phase=effect.phase.value, reason=effect.reason))
-                case fx.RefusePeer() | fx.RecordEvaluation():
-                    pass  # the session that asked is told by the service; the ledger entry is all of it
+                case fx.RefusePeer() | fx.RecordEvaluation() | fx.AnnouncePlan():
+                    pass  # the session that asked is told by the service; the ledger entry and the log are all of it
 
     def _announce_round(self, closed: fx.CloseRound, entries: Sequence[LedgerRow]) -> None:
-        sources = [
-            pb.PayloadSource(payload_hash=credit.payload_hash, peer=credit.peer, addresses=self._addresses(credit.peer))
-            for credit in closed.credits
-        ]
+        payloads = [(group.payload_hash, peer) for group in closed.groups for peer in group.mergers]
+        sources = self._sources(payloads or [(credit.payload_hash, credit.peer) for credit in closed.credits])
         notice = pb.ManifestNotice(manifest=pack(entries[0].signed), sources=sources, peers=self.find_payload_peers())
         self._to_all(manifest=notice)
         for entry in entries[1:]:
@@ -184,6 +183,29 @@ class Sessions:
             contribute=grant.contribute,
             ahead=_refs(grant.ahead),
         )
+
+    def _merge_order(self, order: fx.OrderMerge) -> pb.MergeOrderNotice:
+        document = MergeOrder(
+            run_id=self._run_id,
+            peer=order.peer,
+            round=order.round,
+            base_digest=order.base_digest,
+            group=order.group,
+            attempt=order.attempt,
+            butterfly=order.butterfly,
+            contributions=tuple(accepted_of(credit) for credit in order.contributions),
+            codec=order.codec,
+            deadline_in_s=order.deadline_in_s,
+        )
+        sources = self._sources((credit.payload_hash, credit.peer) for credit in order.contributions)
+        return pb.MergeOrderNotice(order=pack(sign(document, self._identity)), sources=sources)
+
+    def _sources(self, payloads: Iterable[tuple[str, str]]) -> list[pb.PayloadSource]:
+        """Where payloads (hash, peer) can be had."""
+        return [
+            pb.PayloadSource(payload_hash=payload_hash, peer=peer, addresses=self._addresses(peer))
+            for payload_hash, peer in payloads
+        ]
 
     def _addresses(self, peer: str) -> tuple[str, ...]:
         session = self._by_peer.get(peer)

@@ -42,6 +42,7 @@ def render_status(status: dict[str, Any]) -> None:
         f"round {status['round']}   {status['tokens']:,} of {status['tokens_target']:,} tokens ({percent:.1f} %)   "
         f"loss {_number(status['train_loss'])}   held-out {_number(status['held_out_loss'])}"
     )
+    console.print(f"exchange: {status['plan']}" if status["plan"] else "no round was opened yet")
     table = Table("peer", "role", "status", "steps/s", "tokens", "accepted", "refused", "doing", box=None)
     for peer in status["peers"]:
         table.add_row(

@@ -1,7 +1,7 @@
 """`manyhands verify`: a run folder checked from its ledger and its payloads alone."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import typer
@@ -10,10 +10,13 @@ from rich.progress import Progress
 
 from coordinator.run_folder import RunFolder
 from coordinator.storage.database import Database
+from protocol.codecs import get_codec
 from protocol.documents import Manifest
 from protocol.errors import ConfigError, MissingBlobError, VerificationError
 from protocol.ledger import Audit, audit, replay
-from protocol.replica import State
+from protocol.replica import State, merge_group
+from protocol.run_spec import BUTTERFLY
+from protocol.signing import sha256_hex
 
 
 def verify_run(folder: Path, *, as_json: bool) -> None:
@@ -50,9 +53,23 @@ def _replay(home: RunFolder, found: Audit, manifests: list[Manifest]) -> Iterato
         data = store.read(found.genesis.initial_digest)
         initial = State.from_bytes(data, 0, found.genesis.num_parameters, has_momentum=False)
         yield initial
-        yield from replay(manifests, initial, store.read)
+        for manifest, state in zip(manifests, replay(manifests, initial, store.read), strict=True):
+            if found.genesis.spec.exchange.method != BUTTERFLY:  # whose vectors were never seen
+                _check_groups(manifest, found.genesis.num_parameters, store.read)
+            yield state
     except MissingBlobError as error:
         raise VerificationError(f"a payload is missing, so the parameters cannot be computed again: {error}") from error
+
+
+def _check_groups(manifest: Manifest, num_parameters: int, read_payload: Callable[[str], bytes]) -> None:
+    """Merge each group again: its payload must be what its contributions give."""
+    for group in manifest.groups:
+        contributions = [entry for entry in manifest.contributions if entry.peer in group.peers]
+        payload = merge_group(contributions, get_codec(group.codec), num_parameters, read_payload)
+        if sha256_hex(payload) != group.payload_hash:
+            raise VerificationError(
+                f"round {manifest.round}: the payload of the group of {', '.join(group.peers)} is not what they sent"
+            )
 
 
 def _check_database(database: Database, found: Audit) -> None:

@@ -5,7 +5,7 @@ is signed, so no document can be passed off as another or in another run. Docume
 limits the size, verifies the signature, then validates strictly; nothing else reads their bytes.
 
     genesis -> (manifest -> receipts, evaluations)*      the ledger: chained by `seq` and `previous`, coordinator's key
-    invite, lease                                         coordinator's key, not chained
+    invite, lease, merge_order                            coordinator's key, not chained
     join_request, contribution, evaluation_report         the peer's key
 """
 
@@ -138,6 +138,38 @@ class Accepted(BaseModel):
     clip: Share
 
 
+class GroupPayload(BaseModel):
+    """Contributions that were merged into one payload before the round was merged: that payload stands for them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    peers: tuple[PeerId, ...]
+    mergers: tuple[PeerId, ...] = Field(description="who came to this payload, each by itself")
+    payload_hash: Hash
+    payload_bytes: Count
+    pieces_hash: Hash | None = None
+    codec: Name
+    weight: Share = Field(description="that of its contributions together")
+
+
+class MergeOrder(Document):
+    """The coordinator has a peer merge a group's contributions, which are in canonical order.
+
+    butterfly: the peers of the contributions average their vectors among themselves; else the peer fetches the
+    contributions' payloads and merges them.
+    """
+
+    kind: Literal["merge_order"] = "merge_order"
+    peer: PeerId
+    round: Count
+    base_digest: Hash
+    group: Count
+    attempt: Count
+    butterfly: bool
+    contributions: tuple[Accepted, ...]
+    codec: Name = Field(description="of the merged payload")
+    deadline_in_s: Share = Field(description="seconds from receipt")
+
+
 class Chained(Document):
     """A ledger entry: its place and the hash of the entry before it (64 zeros for the first)."""
 
@@ -175,6 +207,7 @@ class Manifest(Chained):
     outer_momentum: Share
     divisor: Share = Field(description="total weight; every coordinate is divided by it, absent ones count as zero")
     contributions: tuple[Accepted, ...]
+    groups: tuple[GroupPayload, ...] = Field((), description="when there are any, their payloads are merged")
     leased_peers: Count
     closed_because: Name
     inner_steps: Count = Field(description="H of a peer of median speed in this round")

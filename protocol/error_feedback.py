@@ -23,7 +23,8 @@ class ErrorFeedback:
         Raises PayloadError, and leaves e as it is, when delta is not finite float32: what diverged is not kept.
         """
         check_vector(delta)
-        self._residual *= np.float32(decay)
+        if decay != 1.0:
+            self._residual *= np.float32(decay)
         self._residual += delta
         view = self._residual.view()
         view.flags.writeable = False

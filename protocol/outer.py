@@ -33,25 +33,40 @@ class OuterOptimizer:
         """Whether a momentum vector is part of the state."""
         return self.momentum > 0.0
 
-    def step(self, theta: Vector, momentum: Vector | None, gradient: Vector) -> tuple[Vector, Vector | None]:
-        """The next (θ, momentum), in new arrays; the arguments, all float32 (D,), stay as they are.
+    def step(
+        self,
+        theta: Vector,
+        momentum: Vector | None,
+        gradient: Vector,
+        *,
+        next_theta: Vector,
+        next_momentum: Vector | None,
+    ) -> None:
+        """Write the next θ and momentum to `next_theta` and `next_momentum`; the arguments stay as they are.
 
-        A momentum of None counts as zeros. The momentum returned is None unless `has_momentum`.
+        All are float32 of one shape: being elementwise, a step can be done segment by segment. A momentum of None
+        counts as zeros; `next_momentum` is not None where `has_momentum`, and written then only.
         """
         if self.name == "average":
-            return theta - gradient, None
+            np.subtract(theta, gradient, out=next_theta)
+            return
         rate, decay = np.float32(self.learning_rate), np.float32(self.momentum)
-        if not self.has_momentum:
-            return theta - rate * gradient, None
-        velocity = gradient.copy() if momentum is None else decay * momentum
-        if momentum is not None:
-            velocity += gradient
+        if next_momentum is None or not self.has_momentum:
+            np.multiply(gradient, rate, out=next_theta)
+            np.subtract(theta, next_theta, out=next_theta)
+            return
+        if momentum is None:
+            next_momentum[:] = gradient
+        else:
+            np.multiply(momentum, decay, out=next_momentum)
+            next_momentum += gradient
         if self.name == "sgd":
-            return theta - rate * velocity, velocity
-        direction = decay * velocity
-        direction += gradient
-        direction *= rate
-        return np.subtract(theta, direction, out=direction), velocity
+            np.multiply(next_momentum, rate, out=next_theta)
+        else:
+            np.multiply(next_momentum, decay, out=next_theta)
+            next_theta += gradient
+            next_theta *= rate
+        np.subtract(theta, next_theta, out=next_theta)
 
 
 def get_outer(name: str, learning_rate: float, momentum: float) -> OuterOptimizer:

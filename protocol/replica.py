@@ -10,17 +10,18 @@ It does not check signatures (protocol.documents), fetch payloads, or write file
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.aggregation.merge import merge
-from protocol.codecs import codec_of
-from protocol.documents import ALL_SLICES, Accepted, Manifest
+from protocol.aggregation.merge import merge, merge_segments
+from protocol.codecs import Codec, codec_of
+from protocol.documents import ALL_SLICES, Accepted, GroupPayload, Manifest
 from protocol.errors import ConfigError, VerificationError
 from protocol.outer import OuterOptimizer, get_outer
+from protocol.recycling import empty_vector
 from protocol.signing import sha256_hex
 
 Vector = NDArray[np.float32]
@@ -94,9 +95,10 @@ def state_bytes_size(num_parameters: int, has_momentum: bool) -> int:
 def apply_manifest(state: State, manifest: Manifest, read_payload: Callable[[str], bytes]) -> State:
     """The state after the round that `manifest` commits. The manifest's signature must have been checked.
 
-    `read_payload(hash)` returns a payload's bytes; it is called once a contribution, in the manifest's order, and one
-    payload is held at a time. A manifest without contributions changes nothing but the round. Raises
-    VerificationError when the manifest does not follow from `state` or a payload is not the one that it names.
+    `read_payload(hash)` returns a payload's bytes; it is called once a contribution, in the manifest's order, and at
+    most one payload more than fits into the size of θ is held at a time. A manifest without contributions changes
+    nothing but the round. Raises VerificationError when the manifest does not follow from `state` or a payload is not
+    the one that it names.
     """
     if manifest.round != state.round:
         raise VerificationError(f"the manifest is of round {manifest.round}; the state stands at round {state.round}")
@@ -110,11 +112,33 @@ def apply_manifest(state: State, manifest: Manifest, read_payload: Callable[[str
     optimizer = _optimizer_of(manifest)
     if not manifest.contributions:
         return State(state.round + 1, state.theta, state.momentum)
-    accepted = ((_read_checked(entry, read_payload), entry.weight, entry.clip) for entry in manifest.contributions)
-    gradient = merge(accepted, manifest.divisor, state.theta.size)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused just below
-        theta, momentum = optimizer.step(state.theta, state.momentum, gradient)
-    _check_finite(theta)
+    if manifest.groups:
+        accepted = ((_read_checked(group, read_payload), group.weight, 1.0) for group in manifest.groups)
+    else:
+        accepted = ((_read_checked(entry, read_payload), entry.weight, entry.clip) for entry in manifest.contributions)
+    return merge_into(state, accepted, manifest.divisor, optimizer)
+
+
+def merge_into(
+    state: State, contributions: Iterable[tuple[bytes, float, float]], divisor: float, optimizer: OuterOptimizer
+) -> State:
+    """The next state: one outer step with the merge of (payload, weight, clip), as protocol.aggregation.merge does it.
+
+    Merge, step and check go through the vector together, a segment at a time. Raises VerificationError when the next
+    state would not be finite, else as `merge_segments`.
+    """
+    theta = empty_vector(state.theta.size)
+    momentum = empty_vector(state.theta.size) if optimizer.has_momentum else None
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
+        for where, gradient in merge_segments(contributions, divisor, theta.size):
+            optimizer.step(
+                state.theta[where],
+                None if state.momentum is None else state.momentum[where],
+                gradient,
+                next_theta=theta[where],
+                next_momentum=None if momentum is None else momentum[where],
+            )
+            _check_finite(theta[where])
     return State(state.round + 1, theta, momentum)
 
 
@@ -125,18 +149,33 @@ def _optimizer_of(manifest: Manifest) -> OuterOptimizer:
         raise VerificationError(f"the manifest of round {manifest.round}: {error}") from error
 
 
-def _read_checked(entry: Accepted, read_payload: Callable[[str], bytes]) -> bytes:
+def merge_group(
+    contributions: Sequence[Accepted], codec: Codec, num_parameters: int, read_payload: Callable[[str], bytes]
+) -> bytes:
+    """The payload that stands for a group's contributions, which are in canonical order: their mean, encoded.
+
+    The same bits for everybody who merges them. Raises VerificationError and PayloadError as `apply_manifest` does.
+    """
+    accepted = ((_read_checked(entry, read_payload), entry.weight, entry.clip) for entry in contributions)
+    return codec.encode(merge(accepted, sum(entry.weight for entry in contributions), num_parameters))
+
+
+def _read_checked(entry: Accepted | GroupPayload, read_payload: Callable[[str], bytes]) -> bytes:
     payload = read_payload(entry.payload_hash)
     found = sha256_hex(payload)
     if found != entry.payload_hash or len(payload) != entry.payload_bytes:
         raise VerificationError(
-            f"the payload of {entry.peer} is {found} ({len(payload)} bytes); "
+            f"the payload of {_name(entry)} is {found} ({len(payload)} bytes); "
             f"the manifest names {entry.payload_hash} ({entry.payload_bytes} bytes)"
         )
     name = codec_of(payload).name
     if name != entry.codec:
-        raise VerificationError(f"the payload of {entry.peer} was written by {name}, not by {entry.codec}")
+        raise VerificationError(f"the payload of {_name(entry)} was written by {name}, not by {entry.codec}")
     return payload
+
+
+def _name(entry: Accepted | GroupPayload) -> str:
+    return entry.peer if isinstance(entry, Accepted) else f"a group of {len(entry.peers)}"
 
 
 def _safetensors_header(num_parameters: int, has_momentum: bool) -> bytes:

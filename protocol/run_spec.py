@@ -12,6 +12,7 @@ from protocol.errors import ConfigError
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 AUTO: Literal["auto"] = "auto"
+BUTTERFLY: Literal["butterfly"] = "butterfly"
 
 
 def _check_steps(value: object) -> object:
@@ -89,8 +90,14 @@ class RoundSpec(Section):
 
 
 class ExchangeSpec(Section):
-    """What is sent."""
+    """What is sent, and how."""
 
+    method: Literal["allgather", "butterfly"] = Field(
+        "allgather", description="butterfly: all-reduce among trusted, well-connected workers that can all be dialled"
+    )
+    group_size: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="merge in groups of so many first, then the groups; 0: no groups"
+    )
     codec: str = Field("int2", description="float32, float16, int8, int4, int2, sign, sparse, or auto: as links allow")
     codec_options: dict[str, int | float] = Field(
         default_factory=dict, description="k and chunk for sparse, block for the others"
@@ -103,6 +110,20 @@ class ExchangeSpec(Section):
     )
     overlap: bool = Field(False, description="go on training while a round is exchanged and merged")
     error_feedback_decay: Fraction = Field(1.0, description="beta in e <- beta e + delta")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_butterfly(cls, table: Any) -> Any:
+        """`butterfly` alone is complete: the default codec is not one of its own."""
+        return {"codec": "float16"} | table if isinstance(table, dict) and table.get("method") == BUTTERFLY else table
+
+    @model_validator(mode="after")
+    def _check_butterfly(self) -> "ExchangeSpec":
+        if self.method == BUTTERFLY and self.codec not in ("float16", "float32"):
+            raise ValueError("method = 'butterfly' averages with codec = 'float16' or 'float32'")
+        if self.method == BUTTERFLY and (self.group_size or self.max_contributors) > 64:
+            raise ValueError("method = 'butterfly' takes at most 64 workers in a group; set group_size")
+        return self
 
 
 class OuterSpec(Section):

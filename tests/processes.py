@@ -24,6 +24,9 @@ from typing import Any, TypeVar
 
 import tomlkit
 
+from coordinator.run_folder import RunFolder
+from protocol.documents import Manifest
+
 T = TypeVar("T")
 TINY_MODEL = {
     "hidden_size": 32,
@@ -73,6 +76,15 @@ def write_text(path: Path, size_bytes: int = 300_000, seed: int = 0) -> Path:
         length += len(sentence) + 1
     path.write_text("\n".join(sentences))
     return path
+
+
+def read_manifests(folder: Path) -> list[Manifest]:
+    """The manifests of a run folder, in order."""
+    home = RunFolder(folder)
+    database = home.open_database(home.spec())
+    manifests = [Manifest.model_validate_json(row.body) for row in database.read_ledger(kinds=("manifest",))]
+    database.close()
+    return manifests
 
 
 @dataclass(kw_only=True)

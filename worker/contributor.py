@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 import structlog
 
-from protocol.codecs import get_codec
+from protocol.codecs import codec_of, get_codec
 from protocol.codecs.payload import Vector
 from protocol.documents import Contribution, Genesis, Lease, Manifest, ShardRef, sign
 from protocol.error_feedback import ErrorFeedback
+from protocol.errors import VerificationError
 from protocol.exchange.piece_index import has_index, make_piece_index
 from protocol.exchange.store import BlobStore
 from protocol.identity import Identity
@@ -120,6 +121,15 @@ class Contributor:
     ) -> None:
         """Train on the lease's `ahead` until told to stop. The next lease starts from what came of it."""
         await asyncio.to_thread(self._go_on, lease, state, trained, should_stop, on_step)
+
+    def contributed(self, round_: int) -> Vector:
+        """float32 (D,): what this worker contributed to a round, as decoded. Raises VerificationError for nothing."""
+        if self.pending is None or self.pending.round != round_:
+            raise VerificationError(f"nothing was contributed to round {round_} here")
+        payload = self._store.read(self.pending.payload_hash)
+        vector = np.zeros(self._genesis.num_parameters, np.float32)
+        codec_of(payload).accumulate(payload, 1.0, vector)
+        return vector
 
     def settle(self, manifest: Manifest) -> bool:
         """Take a manifest into account: True when it lists the pending contribution, which is then done with."""

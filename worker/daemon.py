@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 import structlog
 
-from protocol.documents import Genesis, Invite, Lease, Manifest, Receipt
+from protocol.documents import Genesis, Invite, Lease, Manifest, MergeOrder, Receipt
 from protocol.envelope import unpack
 from protocol.errors import ConnectionFailedError, ManyhandsError, UnavailableError, VerificationError
 from protocol.exchange.peer import PeerNode, PeerSource
@@ -26,6 +26,7 @@ from protocol.wire import coordinator_pb2 as pb
 from worker.contributor import Contributor
 from worker.device import choose_device, describe_device
 from worker.follower import Follower
+from worker.group_merger import GroupMerger
 from worker.home import RunHome
 from worker.lease_work import LeaseWork
 from worker.link import CoordinatorLink, Introduction
@@ -76,6 +77,7 @@ class Worker:
         """Work until `stopping` is set or the run is finished. Raises ManyhandsError when it cannot go on."""
         async with await PeerNode.start(self.store, self.home.identity_path, public=self.options.public) as self._node:
             self._follower = Follower(self.store, self._make_source, self._settle)
+            self._groups = GroupMerger(self._node, self._follower, self.store)
             stop = asyncio.create_task(self.stopping.wait())
             died = asyncio.create_task(self._node.died.wait())
             run = asyncio.create_task(self._keep_joined())
@@ -89,6 +91,7 @@ class Worker:
                 for task in (stop, died, run):
                     task.cancel()
                 await asyncio.gather(stop, died, run, return_exceptions=True)
+                await self._groups.end()
                 if self._work is not None:
                     await self._work.end()
                 self._show("stopped")
@@ -215,10 +218,16 @@ class Worker:
                 self.status.credited_tokens += receipt.tokens
                 self.status.accepted += 1
             case "wanted":
-                work.answer(wanted=True)
+                if message.wanted.payload_hash == self._groups.payload_hash:
+                    self._groups.reveal(link)
+                else:
+                    work.answer(wanted=True)
+            case "merge_order":
+                order = link.open(unpack(message.merge_order.order), MergeOrder)
+                await self._groups.begin(order, message.merge_order, work.contributor, link)
             case "verdict":
+                work.answer(wanted=False)  # refused, or a payload that nobody needs to see
                 if not message.verdict.accepted:
-                    work.answer(wanted=False)
                     self.status.late_or_refused += 1
                     log.warning("contribution refused", reason=message.verdict.reason)
             case "resync":
@@ -237,6 +246,7 @@ class Worker:
 
     async def _merge(self, notice: pb.ManifestNotice, link: CoordinatorLink, work: LeaseWork) -> None:
         manifest = link.open(unpack(notice.manifest), Manifest)
+        await self._groups.end()
         await work.close_round(manifest.round)
         self._show("merging")
         try:

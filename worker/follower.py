@@ -8,10 +8,11 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import structlog
 
-from protocol.documents import Accepted, Genesis, Manifest
+from protocol.documents import Accepted, Genesis, GroupPayload, Manifest
 from protocol.errors import UnavailableError, VerificationError
 from protocol.exchange.fetch import Wanted, fetch_blob, fetch_blobs
 from protocol.exchange.order import order_sources
@@ -66,12 +67,15 @@ class Follower:
         Whichever takes fewer bytes; when the payloads on the one way are not to be had, the other. Raises
         UnavailableError when neither is: then it is worth waiting.
         """
-        if self.state is None or await self._is_checkpoint_nearer(link, self.state):
+        if self.state is None:
             await self._take_checkpoint(link)
+        elif await self._is_checkpoint_nearer(link, self.state):
+            with suppress(UnavailableError):
+                await self._take_checkpoint(link)
         try:
             return await self._replay(link)
         except UnavailableError:
-            if self.state is not None and self.state.round >= link.welcome.checkpoint_round:
+            if self.round >= link.welcome.checkpoint_round:
                 raise
         await self._take_checkpoint(link)
         return await self._replay(link)
@@ -90,7 +94,7 @@ class Follower:
         async for manifest in link.manifests_from(state.round):
             if manifest.round >= link.welcome.checkpoint_round:
                 return False
-            bytes_left -= sum(entry.payload_bytes for entry in manifest.contributions)
+            bytes_left -= sum(entry.payload_bytes for entry in _payloads(manifest))
             if bytes_left < 0:
                 return True
         return False
@@ -115,7 +119,7 @@ class Follower:
     async def _apply(self, manifest: Manifest, notice: pb.ManifestNotice | None, link: CoordinatorLink) -> None:
         if self.state is None:
             raise VerificationError("there is no state to merge into")
-        wanted = [self._wanted(entry, manifest.base_digest, notice, link) for entry in manifest.contributions]
+        wanted = [self.locate(entry, manifest.base_digest, notice, link) for entry in _payloads(manifest)]
         patience = MERGE_PATIENCE if notice else PATIENCE
         bits = 8 * sum(blob.size_bytes for blob in wanted if not self._store.has(blob.blob_hash))
         started_s = time.monotonic()
@@ -130,22 +134,28 @@ class Follower:
         if self._on_manifest is not None:
             await asyncio.to_thread(self._on_manifest, manifest)
 
-    def _wanted(
-        self, entry: Accepted, base_digest: str, notice: pb.ManifestNotice | None, link: CoordinatorLink
+    def locate(
+        self,
+        entry: Accepted | GroupPayload,
+        base_digest: str,
+        notice: pb.ManifestNotice | pb.MergeOrderNotice | None,
+        link: CoordinatorLink,
     ) -> Wanted:
         """Where to look for a payload: at peers, in an order that spares everybody's uplink, then the coordinator."""
-        peers = notice.peers if notice else link.welcome.state_sources
+        peers = notice.peers if isinstance(notice, pb.ManifestNotice) else () if notice else link.welcome.state_sources
+        makers = (entry.peer,) if isinstance(entry, Accepted) else entry.mergers
         addresses = {peer.peer: tuple(peer.addresses) for peer in peers}
         sources = notice.sources if notice else ()
         addresses |= {source.peer: tuple(source.addresses) for source in sources if source.addresses}
+        contributor = next((peer for peer in makers if peer in addresses), makers[0])
         order = order_sources(
             entry.payload_hash,
             me=link.peer_id,
-            contributor=entry.peer,
+            contributor=contributor,
             seeds=[peer.peer for peer in peers if peer.seed],
             others=[peer.peer for peer in peers if not peer.seed],
             salt=base_digest,
-            contributor_dialable=entry.peer in addresses,
+            contributor_dialable=contributor in addresses,
         )
         found = [self._make_source(peer, addresses[peer]) for peer in order.peers if self._make_source]
         return Wanted(
@@ -170,6 +180,11 @@ class Follower:
         await fetch_blob(self._store, digest, size, sources, throttle=self._downloads, on_failure=_log_failure)
         data = await asyncio.to_thread(self._store.read, digest)
         return State.from_bytes(data, round_, genesis.num_parameters, has_momentum)
+
+
+def _payloads(manifest: Manifest) -> Sequence[Accepted | GroupPayload]:
+    """What is merged: the contributions, or what stands for groups of them."""
+    return manifest.groups or manifest.contributions
 
 
 def _has_momentum(genesis: Genesis, round_: int) -> bool:

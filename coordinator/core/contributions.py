@@ -1,9 +1,10 @@
 """Contributions to the open round: committed by their header, accepted or refused once the payload was looked at."""
 
-from coordinator.core import leases
+from coordinator.core import groups, leases
 from coordinator.core.effects import CheckPayload, Effect, JudgeContribution
 from coordinator.core.events import ContributionCommitted, PayloadChecked
 from coordinator.core.state import Candidate, LeaseRecord, LeaseStatus, Round, State
+from protocol.run_spec import BUTTERFLY
 
 
 def commit_contribution(state: State, event: ContributionCommitted, now_s: float) -> list[Effect]:
@@ -18,7 +19,7 @@ def commit_contribution(state: State, event: ContributionCommitted, now_s: float
             state, event, "late: the round of this lease is closed; the work counts with the next contribution"
         )
     if lease.candidate is not None and lease.candidate.contribution_hash == event.contribution_hash:
-        return [check_payload(round_, event.peer, lease.candidate)]  # the same header again, after a broken connection
+        return [_look_at(state, round_, lease, lease.candidate)]  # the same header again, after a broken connection
     problem = _find_problem(state, round_, lease, event)
     if problem:
         return _refuse(state, event, problem)
@@ -39,7 +40,22 @@ def commit_contribution(state: State, event: ContributionCommitted, now_s: float
     leases.release_carried(state.pool, peer)
     # From its shards, not from the header's inner_steps: a speed is never taken from what a peer says of itself.
     leases.observe_speed(peer, len(lease.candidate.lease_units) * state.spec.data.shard_steps, now_s - lease.granted_s)
-    return [check_payload(round_, event.peer, lease.candidate)]
+    return [_look_at(state, round_, lease, lease.candidate)]
+
+
+def _look_at(state: State, round_: Round, lease: LeaseRecord, candidate: Candidate) -> Effect:
+    """Have the payload looked at. The butterfly's is never shown: the header alone is accepted."""
+    if state.spec.exchange.method != BUTTERFLY:
+        return check_payload(round_, lease.peer, candidate)
+    leases.set_status(round_, lease, LeaseStatus.ACCEPTED)
+    _free_unfinished(state, lease, candidate)
+    return JudgeContribution(peer=lease.peer, payload_hash=candidate.payload_hash, accepted=True, reason="")
+
+
+def _free_unfinished(state: State, lease: LeaseRecord, candidate: Candidate) -> None:
+    finished = set(candidate.lease_units)
+    state.pool.returned.extend(unit for unit in lease.units if unit not in finished)
+    lease.units = candidate.lease_units
 
 
 def check_payload(round_: Round, peer: str, candidate: Candidate) -> CheckPayload:
@@ -84,6 +100,8 @@ def _refuse(state: State, event: ContributionCommitted, reason: str) -> list[Eff
 def record_check(state: State, event: PayloadChecked) -> list[Effect]:
     """The payload was looked at: it will be merged, or it is refused and its shards go back."""
     round_ = state.round
+    if round_ is not None and round_.groups:
+        return groups.record_check(round_, event)
     lease = round_.leases.get(event.peer) if round_ else None
     if round_ is None or lease is None or lease.candidate is None or lease.status is not LeaseStatus.COMMITTED:
         return []  # checked already, or its round is closed and the peer was told then
@@ -96,9 +114,7 @@ def record_check(state: State, event: PayloadChecked) -> list[Effect]:
         leases.set_status(round_, lease, LeaseStatus.ACCEPTED)
         leases.observe_upload(state.peers[event.peer], event.upload_bps)
         lease.candidate.norm = event.norm
-        finished = set(lease.candidate.lease_units)
-        state.pool.returned.extend(unit for unit in lease.units if unit not in finished)
-        lease.units = lease.candidate.lease_units
+        _free_unfinished(state, lease, lease.candidate)
     return [
         JudgeContribution(
             peer=event.peer,

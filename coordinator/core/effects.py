@@ -73,6 +73,34 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OrderMerge:
+    """Have a peer merge a group's contributions into one payload, alone or, with the butterfly, among themselves."""
+
+    peer: str
+    round: int
+    base_digest: str
+    group: int
+    attempt: int
+    butterfly: bool
+    contributions: tuple[Credit, ...]
+    codec: str
+    deadline_in_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedGroup:
+    """One group of a round that was merged in groups, and the payload that stands for it."""
+
+    peers: tuple[str, ...]
+    mergers: tuple[str, ...]
+    payload_hash: str
+    payload_bytes: int
+    pieces_hash: str | None
+    codec: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CloseRound:
     """Sign, store and send the manifest and its receipts. In canonical order (by payload hash)."""
 
@@ -80,6 +108,7 @@ class CloseRound:
     base_digest: str
     credits: tuple[Credit, ...]
     divisor: float
+    groups: tuple[MergedGroup, ...]
     leased_peers: int
     closed_because: str
     inner_steps: int
@@ -130,6 +159,7 @@ Effect = (
     | GrantLease
     | CheckPayload
     | JudgeContribution
+    | OrderMerge
     | CloseRound
     | VoidRound
     | RecordEvaluation

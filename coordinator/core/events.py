@@ -94,6 +94,21 @@ class PayloadChecked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupMerged:
+    """A peer has merged a group, or could not: then the payload hash is empty, and `blamed` says who was in the way."""
+
+    peer: str
+    round: int
+    group: int
+    attempt: int
+    payload_hash: str
+    payload_bytes: int
+    pieces_hash: str | None = None
+    blamed: str = ""
+    kind: Literal["group_merged"] = "group_merged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationReported:
     """The validator evaluated a state, and perhaps stored it as a checkpoint."""
 
@@ -133,6 +148,7 @@ Event = (
     | LeaseReturned
     | ContributionCommitted
     | PayloadChecked
+    | GroupMerged
     | EvaluationReported
     | TimerFired
     | PauseRequested

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from itertools import islice
 from typing import Any
 
-from coordinator.core import contributions, leases, peers, rounds
+from coordinator.core import contributions, groups, leases, peers, rounds
 from coordinator.core import events as ev
 from coordinator.core.effects import AnnouncePhase, CheckPayload, Effect, RecordEvaluation
 from coordinator.core.state import LeaseStatus, PeerStatus, Phase, ShardPool, State
@@ -51,6 +51,9 @@ def describe_phase(state: State) -> str:
             return f"{num_workers} of {state.spec.round.min_peers} workers have joined"
         case Phase.WARMUP:
             return f"{_count_holders(state)} of {state.spec.round.min_peers} workers hold the state"
+        case Phase.TRAIN if state.round is not None and state.round.groups:
+            merged = sum(group.merged is not None for group in state.round.groups)
+            return f"round {state.rounds_merged}: {merged} of {len(state.round.groups)} groups are merged"
         case Phase.TRAIN:
             return f"round {state.rounds_merged}: {len(state.round.leases) if state.round else 0} workers have leases"
         case Phase.MERGE:
@@ -67,15 +70,16 @@ def _count_holders(state: State) -> int:
 
 
 def pending_checks(state: State) -> list[CheckPayload]:
-    """The payloads that committed contributions of the open round still wait for."""
+    """The payloads that committed contributions of the open round, or its groups, still wait for."""
     round_ = state.round
     if round_ is None:
         return []
-    return [
+    checks = [
         contributions.check_payload(round_, lease.peer, lease.candidate)
         for lease in round_.leases.values()
         if lease.status is LeaseStatus.COMMITTED and lease.candidate is not None
     ]
+    return checks + [check for group in round_.groups if (check := groups.check_payload(group)) is not None]
 
 
 def _advance(state: State, now_s: float) -> list[Effect]:
@@ -152,6 +156,10 @@ def _check(state: State, event: ev.PayloadChecked, _: float) -> list[Effect]:
     return contributions.record_check(state, event)
 
 
+def _record_group(state: State, event: ev.GroupMerged, now_s: float) -> list[Effect]:
+    return groups.record_result(state, event, now_s)
+
+
 def _evaluate(state: State, event: ev.EvaluationReported, _: float) -> list[Effect]:
     peer = state.peers.get(event.peer)
     if peer is None or peer.role != "validator":
@@ -181,6 +189,7 @@ _HANDLERS: dict[type, Callable[[State, Any, float], list[Effect]]] = {
     ev.LeaseReturned: _return_lease,
     ev.ContributionCommitted: _commit,
     ev.PayloadChecked: _check,
+    ev.GroupMerged: _record_group,
     ev.EvaluationReported: _evaluate,
     ev.TimerFired: _wake,
     ev.PauseRequested: _pause,

@@ -7,7 +7,7 @@ after `rounds_merged` rounds) or in `awaited` (it held the state before, and is 
 from collections import Counter
 
 from coordinator.core import events as ev
-from coordinator.core import leases, rounds
+from coordinator.core import groups, leases, rounds
 from coordinator.core.effects import Effect, RefusePeer, RequestResync
 from coordinator.core.state import InviteRecord, LeaseStatus, Peer, PeerStatus, State
 
@@ -60,7 +60,7 @@ def revoke_invite(state: State, event: ev.InviteRevoked, _: float) -> list[Effec
     return []
 
 
-def join(state: State, event: ev.PeerJoined, _: float) -> list[Effect]:
+def join(state: State, event: ev.PeerJoined, now_s: float) -> list[Effect]:
     """Let a peer in, or refuse it. It holds no state until it reports one."""
     known = state.peers.get(event.peer)
     if known is None or known.token_id != event.token_id:
@@ -77,7 +77,7 @@ def join(state: State, event: ev.PeerJoined, _: float) -> list[Effect]:
     known.name, known.device, known.token_id, known.role = event.name, event.device, event.token_id, event.role
     _drop_report(state, event.peer, PeerStatus.SYNCING)
     _restore_lease(state, event)
-    return []
+    return groups.order_again(state, event.peer, now_s)
 
 
 def _refuse(peer: str, code: str, reason: str) -> Effect:
@@ -98,7 +98,7 @@ def _restore_lease(state: State, event: ev.PeerJoined) -> None:
         leases.close_lease(state.pool, round_, lease)
 
 
-def leave(state: State, event: ev.PeerLeft, _: float) -> list[Effect]:
+def leave(state: State, event: ev.PeerLeft, now_s: float) -> list[Effect]:
     """The round no longer waits for the peer. What it carried is its own until the next round opens without it."""
     if event.peer not in state.peers:
         return []
@@ -106,7 +106,7 @@ def leave(state: State, event: ev.PeerLeft, _: float) -> list[Effect]:
     lease = state.round.leases.get(event.peer) if state.round else None
     if state.round is not None and lease is not None and lease.status is LeaseStatus.OPEN:
         leases.set_status(state.round, lease, LeaseStatus.AWAY)
-    return []
+    return groups.leave(state, event.peer, now_s)
 
 
 def report_state(state: State, event: ev.StateReported, _: float) -> list[Effect]:

@@ -2,7 +2,8 @@
 
 from itertools import islice
 
-from coordinator.core import leases
+from coordinator.core import groups, leases
+from coordinator.core.credits import count_tokens, find_accepted, weigh
 from coordinator.core.effects import (
     AnnouncePlan,
     CloseRound,
@@ -14,7 +15,6 @@ from coordinator.core.effects import (
 )
 from coordinator.core.planning import choose_contributors, plan_round
 from coordinator.core.state import LeaseRecord, LeaseStatus, PeerStatus, Phase, Round, State
-from protocol.aggregation import Vote, cap_weights, get_rule
 
 # With overlap: shards to go on with while a round is exchanged, over those of the lease. What is not needed goes back.
 AHEAD_FACTOR = 2
@@ -105,8 +105,10 @@ def close_if_due(state: State, now_s: float) -> list[Effect]:
     round_ = state.round
     if round_ is None:
         return []
+    if round_.groups:
+        return _close_groups(state, round_, now_s) if groups.are_settled(round_) or now_s >= round_.deadline_s else []
     if round_.unsettled == 0:
-        return _close(state, round_, "every lease is settled", now_s)
+        return _settle(state, round_, "every lease is settled", now_s)
     if now_s < round_.deadline_s:
         return []
     for lease in round_.leases.values():
@@ -114,7 +116,7 @@ def close_if_due(state: State, now_s: float) -> list[Effect]:
             peer = state.peers[lease.peer]
             leases.observe_speed(peer, lease.inner_steps, 2.0 * (now_s - lease.granted_s))
     effects = _carry_unsettled(state, round_, "late: the payload had not arrived when the round closed")
-    return [*effects, *_close(state, round_, "deadline", now_s)]
+    return [*effects, *_settle(state, round_, "deadline", now_s)]
 
 
 def _carry_unsettled(state: State, round_: Round, reason: str) -> list[Effect]:
@@ -129,16 +131,37 @@ def _carry_unsettled(state: State, round_: Round, reason: str) -> list[Effect]:
     return effects
 
 
-def _close(state: State, round_: Round, because: str, now_s: float) -> list[Effect]:
-    accepted = [lease for lease in round_.leases.values() if lease.status is LeaseStatus.ACCEPTED]
-    tokens = sum(_tokens(state, lease) for lease in accepted)
+def _settle(state: State, round_: Round, because: str, now_s: float) -> list[Effect]:
+    """Nobody is waited for any more: close the round, or merge it in groups first."""
+    accepted = find_accepted(round_)
+    tokens = sum(count_tokens(state, lease) for lease in accepted)
     if not accepted:
         return void_round(state, round_, f"no contribution was accepted ({because})")
     if tokens < state.spec.round.quorum_fraction * round_.due_tokens:
         return void_round(state, round_, f"the quorum was missed ({because})")
     _free_the_away(state, round_)
+    credits_ = weigh(state, accepted)
+    if groups.are_needed(state, accepted):
+        return groups.begin(state, round_, credits_, because, now_s)
+    return _close(state, round_, credits_, because, now_s)
+
+
+def _close_groups(state: State, round_: Round, now_s: float) -> list[Effect]:
+    """Close with the groups that are merged; the others' peers keep their work."""
+    credits_ = weigh(state, find_accepted(round_))
+    merged = {peer for group in round_.groups if group.merged is not None for peer in group.peers}
+    if not merged:
+        return void_round(state, round_, "no group could be merged")
+    for credit in credits_:
+        if credit.peer not in merged:
+            leases.close_lease(state.pool, round_, round_.leases[credit.peer], carry_to=state.peers[credit.peer])
+    credits_ = [credit for credit in credits_ if credit.peer in merged]
+    return _close(state, round_, credits_, round_.because, now_s)
+
+
+def _close(state: State, round_: Round, credits_: list[Credit], because: str, now_s: float) -> list[Effect]:
     _carry_on(state, round_)
-    credits_ = _weigh(state, accepted)
+    tokens = sum(credit.tokens for credit in credits_)
     for credit in credits_:
         peer = state.peers[credit.peer]
         peer.credited_tokens += credit.tokens
@@ -157,6 +180,7 @@ def _close(state: State, round_: Round, because: str, now_s: float) -> list[Effe
             base_digest=round_.base_digest,
             credits=tuple(credits_),
             divisor=sum(credit.weight for credit in credits_),
+            groups=groups.describe(round_, credits_),
             leased_peers=len(round_.leases),
             closed_because=because,
             inner_steps=round_.plan.inner_steps,
@@ -196,39 +220,3 @@ def _carry_on(state: State, round_: Round) -> None:
         elif lease.status is LeaseStatus.ACCEPTED:
             leases.carry(state.pool, state.peers[lease.peer], lease.ahead)
             lease.ahead = []
-
-
-def _tokens(state: State, lease: LeaseRecord) -> int:
-    units = lease.candidate.lease_units + lease.candidate.carried_units if lease.candidate else []
-    return len(units) * state.spec.shard_tokens
-
-
-def _weigh(state: State, accepted: list[LeaseRecord]) -> list[Credit]:
-    """Weights from verified tokens, capped; clip factors by the run's rule. Canonical order: by payload hash."""
-    rule = state.spec.aggregation
-    candidates = sorted(
-        ((lease, lease.candidate) for lease in accepted if lease.candidate),
-        key=lambda pair: (pair[1].payload_hash, pair[0].peer),
-    )
-    weights = cap_weights([float(_tokens(state, lease)) for lease, _ in candidates], rule.max_weight_fraction)
-    votes = [Vote(weight=w, norm=c.norm) for w, (_, c) in zip(weights, candidates, strict=True)]
-    clips = get_rule(rule.rule)(votes, rule.clip_factor)
-    return [
-        Credit(
-            peer=lease.peer,
-            name=state.peers[lease.peer].name,
-            lease_id=lease.lease_id,
-            units=(*candidate.lease_units, *candidate.carried_units),
-            tokens=_tokens(state, lease),
-            contribution_hash=candidate.contribution_hash,
-            payload_hash=candidate.payload_hash,
-            payload_bytes=candidate.payload_bytes,
-            codec=candidate.codec,
-            mean_loss=candidate.mean_loss,
-            norm=candidate.norm,
-            weight=weight,
-            clip=clip,
-            pieces_hash=candidate.pieces_hash,
-        )
-        for (lease, candidate), weight, clip in zip(candidates, weights, clips, strict=True)
-    ]

@@ -91,9 +91,37 @@ class LeaseRecord:
     candidate: Candidate | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupResult:
+    """What one merger came to: a payload, or none and who was in the way."""
+
+    payload_hash: str
+    payload_bytes: int
+    pieces_hash: str | None = None
+    blamed: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Group:
+    """Contributions that are merged into one payload first (groups.py)."""
+
+    index: int
+    peers: list[str]
+    codec: str = ""
+    attempt: int = 0
+    mergers: list[str] = field(default_factory=list)  # asked in this attempt
+    results: dict[str, GroupResult] = field(default_factory=dict)  # by merger
+    source: str | None = None  # the merger whose payload is awaited: it agrees with the others
+    merged: GroupResult | None = None
+    failed: bool = False
+
+
 @dataclass(slots=True, kw_only=True)
 class Round:
-    """An open round. What is set at its opening does not change until it closes; only its leases do."""
+    """An open round. What is set at its opening does not change until it closes; only its leases do.
+
+    Once they are settled, and the round is merged in groups, the deadline is that of the groups.
+    """
 
     index: int
     base_digest: str
@@ -106,6 +134,8 @@ class Round:
     plan: ExchangePlan
     leases: dict[str, LeaseRecord]  # by peer
     unsettled: int = 0  # leases that the round still waits for
+    because: str = ""  # why the leases are settled
+    groups: list[Group] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)

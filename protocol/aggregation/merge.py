@@ -3,28 +3,87 @@
 Every coordinate is divided by the same divisor, the total weight of the peers leased to it; what a peer did not send
 counts as zero, so a coordinate that one peer sends alone gets that peer's share and no more. Elementwise float32 on
 the CPU: one multiply and one add a contribution, never fused, never reordered.
+
+It goes segment by segment, all payloads abreast, so that the sum stays in a core's cache and never needs a vector of
+its own. Payloads that together are larger than such a vector are added up in one, as they come.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 import numpy as np
 
 from protocol.codecs import codec_of
-from protocol.codecs.payload import Vector
+from protocol.codecs.payload import SEGMENT_VALUES, Piece, Vector
 from protocol.errors import VerificationError
+
+_VALUE_BYTES = 4
 
 
 def merge(contributions: Iterable[tuple[bytes, float, float]], divisor: float, num_parameters: int) -> Vector:
     """sum_i float32(weight_i * clip_i / divisor) * decode(payload_i), in the given order, as float32 (D,).
 
-    `contributions`: (payload, weight, clip), consumed one at a time. The coefficient is computed in float64. Raises
-    PayloadError for a bad payload and VerificationError for coefficients that are negative or not finite.
+    `contributions`: (payload, weight, clip). The coefficient is computed in float64. Raises PayloadError for a bad
+    payload and VerificationError for coefficients that are negative or not finite.
     """
-    total = np.zeros(num_parameters, np.float32)
+    merged = np.empty(num_parameters, np.float32)
+    for where, values in merge_segments(contributions, divisor, num_parameters):
+        merged[where] = values
+    return merged
+
+
+def merge_segments(
+    contributions: Iterable[tuple[bytes, float, float]], divisor: float, num_parameters: int
+) -> Iterator[tuple[slice, Vector]]:
+    """What `merge` returns, segment by segment: (where, values), rising and without a gap.
+
+    The values are the caller's until the next segment. All contributions are consumed before the first one; whether a
+    payload is good is known only after the last one.
+    """
+    abreast: list[tuple[Iterator[Piece], np.float32]] = []
+    held_bytes = 0
+    total: Vector | None = None
     for payload, weight, clip in contributions:
-        codec_of(payload).accumulate(payload, _coefficient(weight, clip, divisor), total)
-    return total
+        factor = np.float32(_coefficient(weight, clip, divisor))
+        abreast.append((codec_of(payload).pieces(payload, num_parameters), factor))
+        held_bytes += len(payload)
+        if held_bytes > _VALUE_BYTES * num_parameters:
+            total = np.zeros(num_parameters, np.float32) if total is None else total
+            _add_one_by_one(abreast, total)
+            abreast, held_bytes = [], 0
+    yield from _add_abreast(abreast, total, num_parameters)
+
+
+def _add_one_by_one(contributions: Iterable[tuple[Iterator[Piece], np.float32]], total: Vector) -> None:
+    for pieces, factor in contributions:
+        for piece in pieces:
+            piece.add_to(total[piece.span], factor)
+
+
+def _add_abreast(
+    contributions: Iterable[tuple[Iterator[Piece], np.float32]], total: Vector | None, num_parameters: int
+) -> Iterator[tuple[slice, Vector]]:
+    by_segment = [(groupby(pieces, _segment_of), factor) for pieces, factor in contributions]
+    scratch = np.empty(min(SEGMENT_VALUES, num_parameters), np.float32)
+    for start in range(0, num_parameters, SEGMENT_VALUES):
+        where = slice(start, min(start + SEGMENT_VALUES, num_parameters))
+        if total is None:
+            segment = scratch[: where.stop - start]
+            segment[:] = 0.0
+        else:
+            segment = total[where]
+        for segments, factor in by_segment:
+            for piece in next(segments)[1]:
+                piece.add_to(segment[piece.span.start - start : piece.span.stop - start], factor)
+        yield where, segment
+    for segments, _ in by_segment:
+        next(segments, None)  # lets a payload that is too long say so
+
+
+def _segment_of(piece: Piece) -> int:
+    first: int = piece.span.start
+    return first // SEGMENT_VALUES
 
 
 def _coefficient(weight: float, clip: float, divisor: float) -> float:

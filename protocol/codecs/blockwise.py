@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from protocol.codecs.payload import (
     HEADER_BYTES,
     PIECE_VALUES,
+    SEGMENT_VALUES,
     PayloadHeader,
+    Piece,
     PiecewiseCodec,
     Vector,
-    Where,
     check_vector,
 )
 from protocol.codecs.scales import exponent_of, load_float16, store_float16
@@ -69,7 +70,7 @@ class BlockwiseCodec(PiecewiseCodec):
     def payload_bytes_max(self, num_parameters: int) -> int:
         return HEADER_BYTES + 2 * self._num_blocks(num_parameters) + self._code_bytes(num_parameters)
 
-    def _decode_pieces(self, body: memoryview, header: PayloadHeader) -> Iterator[tuple[Where, Vector]]:
+    def _decode(self, body: memoryview, header: PayloadHeader) -> Iterator[Piece]:
         num_parameters = header.num_parameters
         scale_bytes = 2 * self._num_blocks(num_parameters)
         if len(body) != scale_bytes + self._code_bytes(num_parameters):
@@ -87,7 +88,7 @@ class BlockwiseCodec(PiecewiseCodec):
             rows = values[:whole].reshape(-1, self.block)
             rows *= scales[first : first + len(rows), None]
             values[whole:] *= scales[-1]
-            yield slice(start, stop), values
+            yield from _within_segments(start, values)
 
     def _blocks(self, vector: Vector) -> Iterator[Vector]:
         """The blocks, some at a time as (n, block), then the last one as (1, rest) if it is shorter."""
@@ -116,6 +117,15 @@ class BlockwiseCodec(PiecewiseCodec):
 
     def _code_bytes(self, num_values: int) -> int:
         return -(-num_values * self.bits // 8)
+
+
+def _within_segments(start: int, values: Vector) -> Iterator[Piece]:
+    """One piece, or two where the values cross a multiple of SEGMENT_VALUES: blocks of any size need not divide it."""
+    cut = SEGMENT_VALUES - start % SEGMENT_VALUES
+    for part in (values[:cut], values[cut:]):
+        if part.size:
+            yield Piece(slice(start, start + part.size), slice(None), part)
+            start += part.size
 
 
 def _byte_table(levels: tuple[float, ...], bits: int) -> Vector:

@@ -10,9 +10,9 @@ from protocol.codecs.payload import (
     HEADER_BYTES,
     PIECE_VALUES,
     PayloadHeader,
+    Piece,
     PiecewiseCodec,
     Vector,
-    Where,
     check_decoded,
     check_vector,
 )
@@ -33,11 +33,11 @@ class Float32Codec(PiecewiseCodec):
     def payload_bytes_max(self, num_parameters: int) -> int:
         return HEADER_BYTES + 4 * num_parameters
 
-    def _decode_pieces(self, body: memoryview, header: PayloadHeader) -> Iterator[tuple[Where, Vector]]:
+    def _decode(self, body: memoryview, header: PayloadHeader) -> Iterator[Piece]:
         if len(body) != 4 * header.num_parameters:
             raise PayloadError(f"{len(body)} bytes of float32 for {header.num_parameters} parameters")
         for start in range(0, header.num_parameters, PIECE_VALUES):
             stop = min(start + PIECE_VALUES, header.num_parameters)
             values = np.frombuffer(body[4 * start : 4 * stop], "<f4")
             check_decoded(values)
-            yield slice(start, stop), values
+            yield Piece(slice(start, stop), slice(None), values)

@@ -18,11 +18,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.codecs.bits import Reader, bytes_of_bits, pack_fields, pack_unary, unpack_fields, unpack_unary
+from protocol.codecs.bits import Reader, bytes_of_bits, pack_fields, pack_unary, unary_ends, unpack_fields
 from protocol.errors import PayloadError
 
 Indices = NDArray[np.int64]
-_TRIED_BELOW = 6  # widths below the safe one that an encoder tries; indices must cluster heavily to need fewer still
 _RICE_HEADER = struct.Struct("<BI")  # pair_bits, bytes of the unary stream
 
 
@@ -50,14 +49,13 @@ def pack_rice(indices_nk: Indices, chunk: int) -> bytes:
     """Indices (N, K), increasing along K, below `chunk`; with the pair_bits that makes them shortest."""
     num_chunks, k = indices_nk.shape
     gaps = _gaps(indices_nk)
-    safe = _safe_pair_bits(num_chunks, k, chunk)
-    choices = range(max(0, safe - _TRIED_BELOW), safe + 1)
-    pair_bits = min(choices, key=lambda bits: _rice_bytes(gaps, bits))
+    pair_bits = _shortest_pair_bits(gaps, _safe_pair_bits(num_chunks, k, chunk))
     divisor = np.uint32(_divisor(pair_bits))
     quotients = gaps // divisor
-    pairs = np.pad(gaps - quotients * divisor, (0, gaps.size % 2)).reshape(-1, 2)
-    packed = pack_fields(pairs[:, 0] * divisor + pairs[:, 1], pair_bits)
-    unary = pack_unary(quotients.astype(np.int64))
+    remainders = np.zeros((-(-gaps.size // 2), 2), np.uint32)
+    remainders.reshape(-1)[: gaps.size] = gaps - quotients * divisor
+    packed = pack_fields(remainders[:, 0] * divisor + remainders[:, 1], pair_bits)
+    unary = pack_unary(quotients)
     return _RICE_HEADER.pack(pair_bits, len(unary)) + packed + unary
 
 
@@ -72,10 +70,19 @@ def read_rice(reader: Reader, num_chunks: int, k: int, chunk: int) -> Indices:
     pairs = unpack_fields(reader.take(bytes_of_bits(num_pairs * pair_bits)), num_pairs, pair_bits)
     if int(pairs.max()) >= divisor * divisor:
         raise PayloadError("a remainder of the index gaps is out of range")
-    remainders = np.stack(np.divmod(pairs, np.uint32(divisor)), axis=1).reshape(-1)[:count]
-    quotients = unpack_unary(reader.take(unary_bytes), count)
-    steps = quotients * divisor + remainders.astype(np.int64) + 1
-    indices_nk = np.cumsum(steps.reshape(num_chunks, k), axis=1) - 1
+    # An index is the sum of q d + r + 1 up to it, less one. With e the ends of the unary quotients, the sum of all q up
+    # to the i-th is e - i, so that the sum over the whole segment is d e + d + the sum of (r + 1 - d).
+    remainders = np.empty((num_pairs, 2), np.int64)
+    remainders[:, 0] = first = pairs // np.uint32(divisor)
+    remainders[:, 1] = pairs - first * np.uint32(divisor)
+    remainders += 1 - divisor
+    sums = unary_ends(reader.take(unary_bytes), count)
+    sums *= divisor
+    sums += np.cumsum(remainders.reshape(-1)[:count])
+    indices_nk = sums.reshape(num_chunks, k)
+    before_n = indices_nk[:-1, -1] + 1
+    indices_nk[0] += divisor - 1
+    indices_nk[1:] -= before_n[:, None]
     if int(indices_nk[:, -1].max()) >= chunk:
         raise PayloadError("indices are out of range")
     return indices_nk
@@ -98,9 +105,21 @@ def _gaps(indices_nk: Indices) -> NDArray[np.uint32]:
     return gaps_nk.reshape(-1)
 
 
+def _shortest_pair_bits(gaps: NDArray[np.uint32], safe: int) -> int:
+    """Going down from the safe one, where the length stops falling: it has one minimum, but for rounding."""
+    shortest = _rice_bytes(gaps, safe)
+    for pair_bits in range(safe - 1, -1, -1):
+        length = _rice_bytes(gaps, pair_bits)
+        if length > shortest:
+            return pair_bits + 1
+        shortest = length
+    return 0
+
+
 def _rice_bytes(gaps: NDArray[np.uint32], pair_bits: int) -> int:
     pairs = bytes_of_bits(-(-gaps.size // 2) * pair_bits)
-    return pairs + bytes_of_bits(gaps.size + int((gaps // np.uint32(_divisor(pair_bits))).sum(dtype=np.int64)))
+    quotients = gaps // np.uint32(_divisor(pair_bits))
+    return pairs + bytes_of_bits(gaps.size + int(quotients.sum(dtype=np.uint32)))
 
 
 @lru_cache

@@ -17,7 +17,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ from protocol.errors import PayloadError
 MAGIC = b"MHPL"
 VERSION = 1
 PIECE_VALUES = 1 << 16  # values handled at a time: 256 KiB of float32, so that a piece stays in a core's cache
+SEGMENT_VALUES = 1 << 20  # no piece lies on both sides of a multiple of it, so several payloads can be decoded abreast
+_CHECKED_VALUES = 1 << 18  # the same for passes that only read
 ENCODED_MAX = 2.0**119  # a pseudo-gradient with larger values has diverged
 DECODED_MAX = 2.0**120  # rounding may lift a scale above ENCODED_MAX, never above this; sums of 256 stay finite
 
@@ -35,7 +37,18 @@ HEADER_BYTES = _HEADER.size
 
 Options = tuple[int, int, int]
 Vector = NDArray[np.float32]
-Where = slice | NDArray[np.int64]
+
+
+class Piece(NamedTuple):
+    """Decoded values, float32 (n,): they are vector[span][where]. `where` is slice(None), or rising indices (n,)."""
+
+    span: slice
+    where: slice | NDArray[np.int64]
+    values: Vector
+
+    def add_to(self, part: Vector, factor: np.float32) -> None:
+        """`part`, which is vector[span], += factor * values: one multiply and one add, both rounded to float32."""
+        part[self.where] += factor * self.values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +119,13 @@ class Codec(Protocol):
         """
         ...
 
+    def pieces(self, payload: bytes, num_parameters: int) -> Iterator[Piece]:
+        """The decoded vector, piece by piece, rising; no piece crosses a multiple of SEGMENT_VALUES, none is missing.
+
+        What is wrong at a place raises PayloadError there, bytes too many at the end.
+        """
+        ...
+
     def inspect(self, payload: bytes, num_parameters: int) -> PayloadSummary:
         """Check everything that `decode` checks, and measure. Raises PayloadError."""
         ...
@@ -132,8 +152,8 @@ class PiecewiseCodec(ABC):
     def payload_bytes_max(self, num_parameters: int) -> int: ...
 
     @abstractmethod
-    def _decode_pieces(self, body: memoryview, header: PayloadHeader) -> Iterator[tuple[Where, Vector]]:
-        """Yield (where, values): no position twice, values at most DECODED_MAX. Raises PayloadError."""
+    def _decode(self, body: memoryview, header: PayloadHeader) -> Iterator[Piece]:
+        """What `pieces` yields; no position twice, values at most DECODED_MAX. Raises PayloadError."""
 
     @property
     def options(self) -> Options:
@@ -142,33 +162,28 @@ class PiecewiseCodec(ABC):
         return values[0], values[1], values[2]
 
     def decode(self, payload: bytes, num_parameters: int) -> Vector:
-        pieces = self._open(payload, num_parameters)
+        pieces = self.pieces(payload, num_parameters)
         out = np.zeros(num_parameters, np.float32)
-        for where, values in pieces:
-            out[where] = values
+        for piece in pieces:
+            out[piece.span][piece.where] = piece.values
         return out
 
     def accumulate(self, payload: bytes, coefficient: float, out: Vector) -> None:
         factor = np.float32(coefficient)
         with np.errstate(over="ignore", invalid="ignore"):  # whoever commits the sum checks that it is finite
-            for where, values in self._open(payload, out.size):
-                out[where] += factor * values
+            for piece in self.pieces(payload, out.size):
+                piece.add_to(out[piece.span], factor)
 
     def inspect(self, payload: bytes, num_parameters: int) -> PayloadSummary:
         square, num_values = 0.0, 0
-        for _, values in self._open(payload, num_parameters):
-            wide = values.astype(np.float64)
+        for piece in self.pieces(payload, num_parameters):
+            wide = piece.values.astype(np.float64)
             square += float(wide @ wide)
-            num_values += values.size
+            num_values += wide.size
         return PayloadSummary(codec=self.name, norm=square**0.5, num_values=num_values)
 
-    def _header(self, num_parameters: int, exponent: int = 0) -> bytes:
-        return PayloadHeader(
-            codec_id=self.codec_id, exponent=exponent, num_parameters=num_parameters, options=self.options
-        ).to_bytes()
-
-    def _open(self, payload: bytes, num_parameters: int) -> Iterator[tuple[Where, Vector]]:
-        """The checks that cost nothing; then the pieces, each checked as it is decoded."""
+    def pieces(self, payload: bytes, num_parameters: int) -> Iterator[Piece]:
+        """The checks that cost nothing, at once; then the pieces, each checked as it is decoded."""
         header = PayloadHeader.from_bytes(payload)
         if header.codec_id != self.codec_id or header.options != self.options:
             raise PayloadError(f"the payload was not written by the codec {self.name} with the options of this run")
@@ -176,14 +191,19 @@ class PiecewiseCodec(ABC):
             raise PayloadError(f"the payload is for {header.num_parameters} parameters, not for {num_parameters}")
         if len(payload) > self.payload_bytes_max(num_parameters):
             raise PayloadError(f"{len(payload)} bytes are more than {self.name} ever writes for {num_parameters}")
-        return self._decode_pieces(memoryview(payload)[HEADER_BYTES:], header)
+        return self._decode(memoryview(payload)[HEADER_BYTES:], header)
+
+    def _header(self, num_parameters: int, exponent: int = 0) -> bytes:
+        return PayloadHeader(
+            codec_id=self.codec_id, exponent=exponent, num_parameters=num_parameters, options=self.options
+        ).to_bytes()
 
 
 def check_vector(vector: Vector) -> None:
     """Raise PayloadError unless `vector` is float32 (D,) with D >= 1, finite and within ENCODED_MAX."""
     check_shape(vector)
-    for start in range(0, vector.size, PIECE_VALUES):
-        if not within(vector[start : start + PIECE_VALUES], ENCODED_MAX):
+    for start in range(0, vector.size, _CHECKED_VALUES):
+        if not within(vector[start : start + _CHECKED_VALUES], ENCODED_MAX):
             raise PayloadError("the vector holds NaN, an infinity or a value above 1e35: the training has diverged")
 
 

@@ -4,7 +4,7 @@ At k = 64 of 4096: 0.0190 bytes a parameter, 211 times less than float32, lossle
 thin links, always with error feedback. After DeMo and SparseLoCo (arXiv:2508.15706), whose indices take 12 bits.
 
 The two magnitudes of a chunk are those that make its squared error least (exact two-means over its sorted values);
-each is stored as an 8-bit float (protocol.codecs.scales). Body: segments of about 2^20 parameters, each
+each is stored as an 8-bit float (protocol.codecs.scales). Body: segments of 2^20 parameters, each
 
     exponent i16; 2 scale bytes a chunk (small, large); one sign bit a value; one large-magnitude bit a value; indices
 
@@ -18,16 +18,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from protocol.codecs.bits import Reader, bytes_of_bits, pack_flags, unpack_flags
 from protocol.codecs.indices import pack_plain, pack_rice, plain_bytes, read_plain, read_rice, rice_bytes_max
-from protocol.codecs.payload import HEADER_BYTES, PayloadHeader, PiecewiseCodec, Vector, Where, check_shape
+from protocol.codecs.payload import (
+    HEADER_BYTES,
+    SEGMENT_VALUES,
+    PayloadHeader,
+    Piece,
+    PiecewiseCodec,
+    Vector,
+    check_shape,
+)
 from protocol.codecs.scales import exponent_of, load_float8, store_float8
 from protocol.codecs.selection import select_largest
 from protocol.errors import ConfigError
 
-_SEGMENT_VALUES = 1 << 20
 _CHUNK_MIN, _CHUNK_MAX = 16, 1 << 16
 _EXPONENT = struct.Struct("<h")
 PLAIN, RICE = 0, 1
@@ -41,6 +47,10 @@ class _Segment:
     num_chunks: int
     length: int
     k: int
+
+    @property
+    def where(self) -> slice:
+        return slice(self.start, self.start + self.num_chunks * self.length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +96,7 @@ class SparseCodec(PiecewiseCodec):
                 total += count * (fixed + index_bytes(num_chunks, k, length))
         return total
 
-    def _decode_pieces(self, body: memoryview, header: PayloadHeader) -> Iterator[tuple[Where, Vector]]:
+    def _decode(self, body: memoryview, header: PayloadHeader) -> Iterator[Piece]:
         read_indices = read_plain if self.packing == PLAIN else read_rice
         reader = Reader(body)
         for segment in self._segments(header.num_parameters):
@@ -99,29 +109,27 @@ class SparseCodec(PiecewiseCodec):
             indices_nk = read_indices(reader, *shape, segment.length)
             values_nk = np.where(large_nk, scales_n2[:, 1:], scales_n2[:, :1])
             values_nk.view(np.uint32)[:] |= negative_nk.astype(np.uint32) << 31  # several times faster than np.negative
-            indices_nk += segment.start + segment.length * np.arange(segment.num_chunks)[:, None]
-            yield indices_nk.reshape(-1), values_nk.reshape(-1)
+            indices_nk += segment.length * np.arange(segment.num_chunks)[:, None]
+            yield Piece(segment.where, indices_nk.reshape(-1), values_nk.reshape(-1))
         reader.finish()
 
     def _encode_segment(self, vector: Vector, segment: _Segment) -> bytes:
-        values = vector[segment.start : segment.start + segment.num_chunks * segment.length]
+        values = vector[segment.where]
         if segment.length < self.chunk:  # zeros tie at worst, and then the lower index, a real value, is selected
             values = np.pad(values, (0, self.chunk - segment.length))
         chunks_nm = values.reshape(segment.num_chunks, self.chunk)
-        order_nk, sent_nk = select_largest(chunks_nm, segment.k)
-        scales_n2, num_large_n = _fit_two_levels(np.abs(sent_nk))
-        large_nk = np.arange(segment.k) < num_large_n[:, None]
-        tagged_nk = (order_nk << 2) | ((sent_nk < 0).astype(np.int64) << 1) | large_nk
-        tagged_nk.sort(axis=1)
+        indices_nk, sent_nk = select_largest(chunks_nm, segment.k)
+        magnitudes_nk = np.abs(sent_nk)
+        scales_n2, least_large_n = _fit_two_levels(magnitudes_nk)
         exponent = exponent_of(scales_n2)
         pack_indices = pack_plain if self.packing == PLAIN else pack_rice
         return b"".join(
             (
                 _EXPONENT.pack(exponent),
                 store_float8(scales_n2, exponent).tobytes(),
-                pack_flags((tagged_nk & 2) != 0),
-                pack_flags((tagged_nk & 1) != 0),
-                pack_indices(tagged_nk >> 2, segment.length),
+                pack_flags(sent_nk < 0),
+                pack_flags(magnitudes_nk >= least_large_n[:, None]),
+                pack_indices(indices_nk, segment.length),
             )
         )
 
@@ -135,25 +143,27 @@ class SparseCodec(PiecewiseCodec):
             yield _Segment(start=whole * self.chunk, num_chunks=1, length=rest, k=self._k_of(rest))
 
     def _segment_chunks(self) -> int:
-        return _SEGMENT_VALUES // self.chunk
+        return SEGMENT_VALUES // self.chunk
 
     def _k_of(self, length: int) -> int:
         return max(1, self.k * length // self.chunk)
 
 
-def _fit_two_levels(magnitudes_nk: Vector) -> tuple[Vector, NDArray[np.int64]]:
-    """Scales (N, 2), small and large, and how many (N,) of the falling magnitudes (N, K) are large: least squares."""
+def _fit_two_levels(magnitudes_nk: Vector) -> tuple[Vector, Vector]:
+    """Scales (N, 2), small and large, and the least magnitude (N,) that is large: least squares."""
     k = magnitudes_nk.shape[1]
+    falling_nk = np.sort(magnitudes_nk, axis=1)[:, ::-1]
     num_large = np.arange(1, k + 1)
     num_small = np.maximum(k - num_large, 1)  # with nothing small, what is divided by it is zero as well
-    sums_nk = np.cumsum(magnitudes_nk, axis=1, dtype=np.float64)
+    sums_nk = np.cumsum(falling_nk, axis=1, dtype=np.float64)
     # The split with the least squared error is the one with the most variance between its two sides.
     spreads_nk = sums_nk - sums_nk[:, -1:] * (num_large / k)
     spreads_nk *= spreads_nk
     spreads_nk *= 1.0 / (num_large * num_small)
     best_n = np.argmax(spreads_nk, axis=1)
-    large_sums_n = sums_nk[np.arange(len(best_n)), best_n]
+    rows = np.arange(len(best_n))
+    large_sums_n = sums_nk[rows, best_n]
     scales_n2 = np.stack(
         ((sums_nk[:, -1] - large_sums_n) / num_small[best_n], large_sums_n / num_large[best_n]), axis=1
     )
-    return scales_n2.astype(np.float32), best_n + 1
+    return scales_n2.astype(np.float32), falling_nk[rows, best_n]

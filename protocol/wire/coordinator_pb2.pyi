@@ -58,6 +58,7 @@ class PeerMessage(_message.Message):
     LEASE_RETURN_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    GROUP_MERGED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def join_request(self) -> Global___SignedDocument: ...
     @_builtins.property
@@ -72,6 +73,8 @@ class PeerMessage(_message.Message):
     def evaluation(self) -> Global___SignedDocument: ...
     @_builtins.property
     def leaving(self) -> Global___Leaving: ...
+    @_builtins.property
+    def group_merged(self) -> Global___GroupMerged: ...
     def __init__(
         self,
         *,
@@ -82,12 +85,13 @@ class PeerMessage(_message.Message):
         lease_return: Global___LeaseReturn | None = ...,
         evaluation: Global___SignedDocument | None = ...,
         leaving: Global___Leaving | None = ...,
+        group_merged: Global___GroupMerged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "evaluation", b"evaluation", "heartbeat", b"heartbeat", "join_request", b"join_request", "lease_return", b"lease_return", "leaving", b"leaving", "message", b"message", "state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "evaluation", b"evaluation", "group_merged", b"group_merged", "heartbeat", b"heartbeat", "join_request", b"join_request", "lease_return", b"lease_return", "leaving", b"leaving", "message", b"message", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "evaluation", b"evaluation", "heartbeat", b"heartbeat", "join_request", b"join_request", "lease_return", b"lease_return", "leaving", b"leaving", "message", b"message", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "evaluation", b"evaluation", "group_merged", b"group_merged", "heartbeat", b"heartbeat", "join_request", b"join_request", "lease_return", b"lease_return", "leaving", b"leaving", "message", b"message", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join_request", "heartbeat", "contribution", "state", "lease_return", "evaluation", "leaving"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join_request", "heartbeat", "contribution", "state", "lease_return", "evaluation", "leaving", "group_merged"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -190,6 +194,47 @@ class LeaseReturn(_message.Message):
 Global___LeaseReturn: _TypeAlias = LeaseReturn  # noqa: Y015
 
 @_typing.final
+class GroupMerged(_message.Message):
+    """The answer to a MergeOrder: the merged payload, or no hash when it could not be made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    PAYLOAD_HASH_FIELD_NUMBER: _builtins.int
+    PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    PIECES_HASH_FIELD_NUMBER: _builtins.int
+    BLAMED_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    group: _builtins.int
+    attempt: _builtins.int
+    payload_hash: _builtins.str
+    payload_bytes: _builtins.int
+    pieces_hash: _builtins.str
+    """of a payload of several pieces"""
+    blamed: _builtins.str
+    """butterfly: the peer that was in the way"""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        group: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        payload_hash: _builtins.str = ...,
+        payload_bytes: _builtins.int = ...,
+        pieces_hash: _builtins.str = ...,
+        blamed: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "blamed", b"blamed", "group", b"group", "payload_bytes", b"payload_bytes", "payload_hash", b"payload_hash", "pieces_hash", b"pieces_hash", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupMerged: _TypeAlias = GroupMerged  # noqa: Y015
+
+@_typing.final
 class Leaving(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -224,6 +269,7 @@ class CoordinatorMessage(_message.Message):
     RESYNC_FIELD_NUMBER: _builtins.int
     PHASE_FIELD_NUMBER: _builtins.int
     WANTED_FIELD_NUMBER: _builtins.int
+    MERGE_ORDER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def challenge(self) -> Global___Challenge: ...
     @_builtins.property
@@ -244,6 +290,8 @@ class CoordinatorMessage(_message.Message):
     def phase(self) -> Global___PhaseNotice: ...
     @_builtins.property
     def wanted(self) -> Global___PayloadWanted: ...
+    @_builtins.property
+    def merge_order(self) -> Global___MergeOrderNotice: ...
     def __init__(
         self,
         *,
@@ -257,12 +305,13 @@ class CoordinatorMessage(_message.Message):
         resync: Global___Resync | None = ...,
         phase: Global___PhaseNotice | None = ...,
         wanted: Global___PayloadWanted | None = ...,
+        merge_order: Global___MergeOrderNotice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "lease", b"lease", "manifest", b"manifest", "message", b"message", "phase", b"phase", "receipt", b"receipt", "refused", b"refused", "resync", b"resync", "verdict", b"verdict", "wanted", b"wanted", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "lease", b"lease", "manifest", b"manifest", "merge_order", b"merge_order", "message", b"message", "phase", b"phase", "receipt", b"receipt", "refused", b"refused", "resync", b"resync", "verdict", b"verdict", "wanted", b"wanted", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "lease", b"lease", "manifest", b"manifest", "message", b"message", "phase", b"phase", "receipt", b"receipt", "refused", b"refused", "resync", b"resync", "verdict", b"verdict", "wanted", b"wanted", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "lease", b"lease", "manifest", b"manifest", "merge_order", b"merge_order", "message", b"message", "phase", b"phase", "receipt", b"receipt", "refused", b"refused", "resync", b"resync", "verdict", b"verdict", "wanted", b"wanted", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["challenge", "welcome", "refused", "lease", "manifest", "receipt", "verdict", "resync", "phase", "wanted"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["challenge", "welcome", "refused", "lease", "manifest", "receipt", "verdict", "resync", "phase", "wanted", "merge_order"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -444,6 +493,32 @@ class ManifestNotice(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ManifestNotice: _TypeAlias = ManifestNotice  # noqa: Y015
+
+@_typing.final
+class MergeOrderNotice(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORDER_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def order(self) -> Global___SignedDocument:
+        """a MergeOrder"""
+
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___PayloadSource]: ...
+    def __init__(
+        self,
+        *,
+        order: Global___SignedDocument | None = ...,
+        sources: _abc.Iterable[Global___PayloadSource] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeOrderNotice: _TypeAlias = MergeOrderNotice  # noqa: Y015
 
 @_typing.final
 class PayloadWanted(_message.Message):

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from coordinator.run_folder import RunFolder
-from protocol.documents import Manifest
 from protocol.exchange.fetch import fetch_blob
 from protocol.exchange.piece_index import PIECE_BYTES, PieceIndex, make_piece_index
 from protocol.exchange.piece_writer import PieceWriter
@@ -15,16 +14,8 @@ from protocol.exchange.store import BlobStore
 from protocol.identity import Identity
 from protocol.invite import decode_invite
 from protocol.signing import sha256_hex
-from tests.processes import TINY_MODEL, RunningCoordinator, start_coordinator, start_worker
+from tests.processes import TINY_MODEL, RunningCoordinator, read_manifests, start_coordinator, start_worker
 from worker.link import CoordinatorLink, Introduction
-
-
-def read_manifests(folder: Path) -> list[Manifest]:
-    home = RunFolder(folder)
-    database = home.open_database(home.spec())
-    manifests = [Manifest.model_validate_json(row.body) for row in database.read_ledger(0, kinds=("manifest",))]
-    database.close()
-    return manifests
 
 
 def test_workers_pass_payloads_on_in_pieces_when_one_is_a_seed(tmp_path: Path) -> None:

@@ -4,19 +4,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from coordinator.run_folder import RunFolder
 from protocol.documents import Manifest
 from tests.integration.test_run import verify, worker_status
-from tests.processes import start_coordinator, start_worker
+from tests.processes import read_manifests, start_coordinator, start_worker
 
 SHORT = {"train": {"tokens": 16_000}, "checkpoint": {"every_rounds": 5}}
 STEP_TOKENS = 4 * 32
-
-
-def read_manifests(folder: Path) -> list[Manifest]:
-    home = RunFolder(folder)
-    rows = home.open_database(home.spec()).read_ledger(kinds=("manifest",))
-    return [Manifest.model_validate_json(row.body) for row in rows]
 
 
 def play(tmp_path: Path, exchange: dict[str, Any], **sections: Any) -> list[Manifest]:

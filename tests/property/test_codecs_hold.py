@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.codecs import CODECS, Codec, codec_of, get_codec
-from protocol.codecs.bits import Reader, pack_fields, pack_unary, unpack_fields, unpack_unary
+from protocol.codecs.bits import Reader, pack_fields, pack_unary, unary_ends, unpack_fields
 from protocol.codecs.indices import pack_plain, pack_rice, plain_bytes, read_plain, read_rice, rice_bytes_max
-from protocol.codecs.payload import DECODED_MAX, PayloadHeader, Vector
+from protocol.codecs.payload import DECODED_MAX, SEGMENT_VALUES, PayloadHeader, Vector
 from protocol.codecs.selection import select_largest
 from protocol.errors import PayloadError
 
@@ -61,6 +61,19 @@ def test_accumulating_is_bitwise_multiplying_and_adding(
     assert out.tobytes() == expected.tobytes()
 
 
+@settings(deadline=None, max_examples=50)
+@given(codec=codecs(), size=st.integers(SEGMENT_VALUES - 5000, SEGMENT_VALUES + 80_000))
+def test_pieces_follow_one_another_and_never_cross_a_segment(codec: Codec, size: int) -> None:
+    payload = codec.encode(np.ones(size, np.float32))
+    place = 0
+    for piece in codec.pieces(payload, size):
+        assert piece.span.start == place < piece.span.stop
+        assert piece.span.start // SEGMENT_VALUES == (piece.span.stop - 1) // SEGMENT_VALUES
+        assert np.zeros(piece.span.stop - place)[piece.where].size == piece.values.size
+        place = piece.span.stop
+    assert place == size
+
+
 @settings(deadline=None, max_examples=150)
 @given(codec=codecs(), vector=vectors())
 def test_measured_norm_is_that_of_the_decoded_vector(codec: Codec, vector: Vector) -> None:
@@ -90,11 +103,18 @@ def test_decoded_values_scale_exactly_when_the_vector_is_scaled(codec: Codec, ve
     np.testing.assert_array_equal(scaled, decoded * factor)
 
 
-@settings(deadline=None)
-@given(vector=vectors(), k=st.integers(1, 64))
-def test_selection_is_that_of_a_stable_sort(vector: Vector, k: int) -> None:
-    chunks = np.resize(vector, (-(-vector.size // 64), 64))
-    expected = np.argsort(-np.abs(chunks), axis=1, kind="stable")[:, :k]
+@st.composite
+def tiny_vectors(draw: st.DrawFn) -> Vector:
+    """Zeros, subnormals and the smallest normal values."""
+    rng = np.random.default_rng(draw(SEEDS))
+    return rng.integers(0, 1 << draw(st.integers(0, 25)), draw(SIZES), dtype=np.uint32).view(np.float32)
+
+
+@settings(deadline=None, max_examples=300)
+@given(vector=vectors() | tiny_vectors(), chunk=st.sampled_from([64, 512]), k=st.integers(1, 64))
+def test_selection_is_that_of_a_stable_sort(vector: Vector, chunk: int, k: int) -> None:
+    chunks = np.resize(vector, (-(-vector.size // chunk), chunk))
+    expected = np.sort(np.argsort(-np.abs(chunks), axis=1, kind="stable")[:, :k], axis=1)
     indices, values = select_largest(chunks, k)
     np.testing.assert_array_equal(indices, expected)
     np.testing.assert_array_equal(values, np.take_along_axis(chunks, expected, axis=1))
@@ -122,8 +142,9 @@ def test_indices_come_back_and_keep_their_length_bound(
 def test_fields_and_unary_numbers_come_back(values: list[int], width: int) -> None:
     fields = np.array(values, np.uint32) & np.uint32((1 << width) - 1)
     np.testing.assert_array_equal(unpack_fields(memoryview(pack_fields(fields, width)), fields.size, width), fields)
-    small = np.array(values, np.int64) % 50
-    np.testing.assert_array_equal(unpack_unary(memoryview(pack_unary(small)), small.size), small)
+    small = fields % 50
+    ends = unary_ends(memoryview(pack_unary(small)), small.size)
+    np.testing.assert_array_equal(np.diff(ends, prepend=-1) - 1, small)
 
 
 # ---- hostile bytes

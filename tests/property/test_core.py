@@ -42,7 +42,7 @@ def frozen(round_: Round) -> dict[str, Any]:
         "index": round_.index,
         "base": round_.base_digest,
         "opened": round_.opened_s,
-        "deadline": round_.deadline_s,
+        "deadline": None if round_.groups else round_.deadline_s,
         "tokens_before": round_.tokens_before,
         "leased_tokens": round_.leased_tokens,
         "plan": round_.plan,
@@ -63,6 +63,8 @@ class Core(RuleBasedStateMachine):
         max_contributors=st.sampled_from([32, 32, 2, 1]),
         overlap=st.booleans(),
         codec=st.sampled_from(["int2", "auto"]),
+        group_size=st.sampled_from([0, 0, 1, 2]),
+        butterfly=st.sampled_from([False, False, True]),
     )
     def begin(self, **drawn: Any) -> None:
         self.run = CoreRun(
@@ -71,13 +73,16 @@ class Core(RuleBasedStateMachine):
             train={"tokens": drawn["tokens"], "batch_sequences": 1},
             round={"inner_steps": 4, **{key: drawn[key] for key in ("min_peers", "quorum_fraction")}},
             aggregation={"max_weight_fraction": drawn["max_weight_fraction"]},
-            exchange={key: drawn[key] for key in ("max_contributors", "overlap", "codec")},
+            exchange={key: drawn[key] for key in ("max_contributors", "overlap", "group_size")}
+            | ({"method": "butterfly"} if drawn["butterfly"] else {"codec": drawn["codec"]}),
         )
         self.fresh = dump_state(self.run.fresh_state())
         self.trained: dict[str, list[Unit]] = {name: [] for name in NAMES_LIST}
         self.headers: dict[str, ev.ContributionCommitted] = {}  # the last of each peer that the core took
         self.unjudged: set[tuple[str, str]] = set()  # (peer, payload hash) that the core took and owes a verdict
         self.judged: set[tuple[str, str]] = set()
+        self.committed: set[str] = set()  # payload hashes of contributions
+        self.orders: dict[str, fx.OrderMerge] = {}  # the last of each peer
         self.lease_ids: set[int] = set()
         self.credited: list[Unit] = []
         self.snapshot: tuple[int, bytes] = (0, self.fresh)
@@ -89,8 +94,10 @@ class Core(RuleBasedStateMachine):
         before = self.run.state.round
         before_frozen = frozen(before) if before else None
         self.run.send(ev.load_event(ev.dump_event(event)), after_s)
-        if isinstance(event, ev.ContributionCommitted) and self.run.find(fx.CheckPayload):
-            self.headers[event.peer] = event
+        if isinstance(event, ev.ContributionCommitted):
+            self.committed.add(event.payload_hash)
+            if self.run.find(fx.CheckPayload) or any(judged.accepted for judged in self.run.find(fx.JudgeContribution)):
+                self.headers[event.peer] = event
         self.check_rounds(before, before_frozen)
         for effect in self.run.effects:
             self.take(effect)
@@ -102,7 +109,8 @@ class Core(RuleBasedStateMachine):
         ends = [effect for effect in self.run.effects if isinstance(effect, (fx.CloseRound, fx.VoidRound))]
         if before is not None and after is before:
             assert not ends
-            assert frozen(before) == before_frozen
+            if not before.groups:  # the deadline is then that of the groups
+                assert frozen(before) == before_frozen
             assert self.run.now_s < before.deadline_s, "a round outlived its deadline"
         elif before is not None:
             assert [end.round for end in ends] == [before.index]
@@ -137,8 +145,11 @@ class Core(RuleBasedStateMachine):
         match effect:
             case fx.GrantLease():
                 self.trained[effect.peer] = [*self.trained[effect.peer], *effect.units, *effect.ahead][-50:]
-            case fx.CheckPayload():
+            case fx.CheckPayload() if effect.payload_hash in self.committed:
                 self.unjudged |= {(effect.peer, effect.payload_hash)} - self.judged
+            case fx.OrderMerge():
+                assert {credit.peer for credit in effect.contributions} >= {effect.peer}
+                self.orders[effect.peer] = effect
             case fx.JudgeContribution():
                 self.judged.add((effect.peer, effect.payload_hash))
                 self.unjudged -= self.judged
@@ -153,6 +164,9 @@ class Core(RuleBasedStateMachine):
                     self.credited += credit.units
                 assert effect.credits
                 assert effect.divisor == sum(credit.weight for credit in effect.credits)
+                if effect.groups:
+                    grouped = sorted(peer for group in effect.groups for peer in group.peers)
+                    assert grouped == sorted(credit.peer for credit in effect.credits)
                 assert effect.tokens_after == len(self.credited) * self.run.spec.shard_tokens
             case _:
                 pass
@@ -285,6 +299,38 @@ class Core(RuleBasedStateMachine):
                 self.fire_timer(share=1.0, spare_s=0.0)
             self.come_back(names=WORKERS, speed=1.0, right=1)
 
+    @precondition(lambda self: self.orders)
+    @rule(data=st.data(), what=st.sampled_from(["right", "right", "right", "wrong", "fails", "stale"]))
+    def merge_group(self, data: st.DataObject, what: str) -> None:
+        """A merger answers: with what the others come to, something else, a failure, or to an older order."""
+        order = data.draw(st.sampled_from(list(self.orders.values())))
+        content = sha256_hex(f"{order.round}:{order.group}:{order.attempt}".encode())
+        merged = {"wrong": sha256_hex(order.peer.encode()), "fails": ""}.get(what, content)
+        self.send(
+            ev.GroupMerged(
+                peer=order.peer,
+                round=order.round,
+                group=order.group,
+                attempt=order.attempt - (what == "stale"),
+                payload_hash=merged,
+                payload_bytes=10,
+                blamed=WORKERS[0] if what == "fails" else "",
+            )
+        )
+
+    @precondition(lambda self: self.group_checks())
+    @rule(data=st.data(), refused=st.sampled_from(["", "", "", "not a payload"]))
+    def check_group(self, data: st.DataObject, refused: str) -> None:
+        check = data.draw(st.sampled_from(self.group_checks()))
+        self.send(
+            ev.PayloadChecked(peer=check.peer, payload_hash=check.payload_hash, norm=1.0, refused_because=refused)
+        )
+
+    def group_checks(self) -> list[fx.CheckPayload]:
+        """The merged groups' payloads that are awaited."""
+        round_ = self.run.state.round
+        return machine.pending_checks(self.run.state) if round_ and round_.groups else []
+
     @precondition(lambda self: self.run.granted)
     @rule(data=st.data())
     def return_lease(self, data: st.DataObject) -> None:
@@ -377,12 +423,14 @@ class Core(RuleBasedStateMachine):
             assert not state.awaited
             waiting = (LeaseStatus.OPEN, LeaseStatus.COMMITTED)
             unsettled = [lease for lease in state.round.leases.values() if lease.status in waiting]
-            assert state.round.unsettled == len(unsettled) > 0
+            assert state.round.unsettled == len(unsettled)
+            assert unsettled or not all(group.merged or group.failed for group in state.round.groups)
 
     @invariant()
     def what_is_committed_is_judged(self) -> None:
-        checks = {(check.peer, check.payload_hash) for check in machine.pending_checks(self.run.state)}
-        assert checks == self.unjudged
+        if not self.group_checks():
+            checks = {(check.peer, check.payload_hash) for check in machine.pending_checks(self.run.state)}
+            assert checks == self.unjudged
 
     @invariant()
     def the_state_survives_being_written_down(self) -> None:

@@ -146,7 +146,7 @@ def test_pieces_join_without_a_seam_when_the_vector_is_long(name: str) -> None:
 def test_lower_indices_are_selected_when_magnitudes_tie() -> None:
     chunk = np.array([[1, -2, 2, 0, 2, 1, 1, -2, 0, 0, 0, 0, 0, 0, 0, 0]], np.float32)
     assert select_largest(chunk, 3)[0].tolist() == [[1, 2, 4]]
-    assert select_largest(chunk, 10)[0].tolist() == [[1, 2, 4, 7, 0, 5, 6, 3, 8, 9]]
+    assert select_largest(chunk, 10)[0].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]]
     assert select_largest(np.zeros((2, 16), np.float32), 3)[0].tolist() == [[0, 1, 2], [0, 1, 2]]
 
 

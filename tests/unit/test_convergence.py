@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import training
-from benchmarks.convergence import Arm, Result, change, count_batches, figures_of, plan_arms, train_arm
-from benchmarks.training import Dataset, load_dataset, train_single, train_together
+from benchmarks.convergence import Arm, Result, change, figures_of, plan_arms, train_arm
+from benchmarks.training import Dataset, Link, load_dataset, train_single, train_together
 from coordinator.core import machine
 from coordinator.core.leases import take_units
 from protocol.codecs import get_codec
@@ -130,7 +130,7 @@ def test_one_worker_is_one_optimizer_when_nothing_is_lost_between_rounds(base: R
 
 def reordered(data: Dataset, spec: RunSpec) -> Dataset:
     """The shards in the order in which the coordinator leases them."""
-    pool = machine.create(spec, num_shards=len(data.shards), initial_digest="").pool
+    pool = machine.create(spec, num_shards=len(data.shards), num_parameters=1, initial_digest="").pool
     order = [index for _, index in take_units(pool, len(data.shards))]
     return Dataset(
         vocabulary_size=data.vocabulary_size,
@@ -144,19 +144,38 @@ def test_run_gives_the_same_bits_when_it_is_repeated(base: RunSpec, data: Datase
     assert len(digests) == 1
 
 
-def test_arm_keeps_its_best_rate_when_it_has_a_grid(base: RunSpec, data: Dataset) -> None:
+def test_bytes_shrink_when_the_link_is_thinner_and_the_exchange_is_automatic(base: RunSpec, data: Dataset) -> None:
+    spec = of_length(base, 200, exchange={"codec": "auto"}, round={"inner_steps": "auto"})
+    links = [Link(upload_bps=bps, download_bps=5 * bps) for bps in (100e6, 5e6, 5e5)]
+    outcomes = [train_together(spec, data, (50.0, 50.0), link) for link in links]
+    sent = [max(outcome.upload_bytes) for outcome in outcomes]
+    assert sent == sorted(sent, reverse=True)
+    assert all(outcome.plans[0] == "no link was measured yet" for outcome in outcomes)
+    assert [outcome.plans[-1].endswith(f"at {name} Mbit/s") for outcome, name in zip(outcomes, ("100/500", "5/25", "0/2"), strict=True)] == [True] * 3
+
+
+def test_arm_keeps_its_best_setting_when_it_has_a_grid(base: RunSpec, data: Dataset) -> None:
     batches: list[int] = []
-    arm = Arm(title="synchronous", optimizer="adamw", rates=(1e-5, 5e-3), batches=2)
+    grid = {f"{rate:g}": {"train": {"optimizer": "adamw", "learning_rate": rate}} for rate in (1e-5, 5e-3)}
+    arm = Arm(title="synchronous", grid=grid, num_workers=2)
     result = train_arm(arm, base, [data], 20, batches.append)
-    assert result.learning_rate == 5e-3
-    assert sum(batches) == count_batches({"synchronous": arm}, 20, 1) == 2 * 20 * 2
+    assert result.setting == "0.005"
+    assert sum(batches) == arm.count_batches(20, 1) == 2 * 20 * 2
     ring = 4 * train_single(of_length(base, 1), data, 1).state.theta.size * 20  # 2 (N - 1) / N = 1 of them, each step
     assert result.upload_bytes == ring
 
 
+def test_every_setting_of_every_arm_is_a_valid_run(base: RunSpec) -> None:
+    for arm in plan_arms(quick=False).values():
+        for setting in arm.grid.values():
+            change(base, **setting)
+
+
 def test_gap_is_one_when_together_is_as_good_as_synchronous() -> None:
-    losses = dict.fromkeys(plan_arms(RunSpec(), quick=True), 2.0) | {"alone": 3.0, "alone_muon": 2.5}
-    results = {name: Result(losses=(loss,), learning_rate=1.0, upload_bytes=1.0) for name, loss in losses.items()}
-    figures = figures_of(results, RunSpec())
-    assert figures["gap_recovered"] == figures["gap_recovered_same_optimizer"] == 1.0
-    assert (figures["loss_alone"], figures["loss_manyhands"], figures["loss_synchronous"]) == (3.0, 2.0, 2.0)
+    losses = dict.fromkeys(plan_arms(quick=True), 2.0) | {"alone": 3.0, "alone_muon": 2.5, "diloco_published": 2.5}
+    results = {name: Result(losses=(loss,), setting="", upload_bytes=1.0) for name, loss in losses.items()}
+    figures = figures_of(results)
+    assert figures["gap_recovered"] == figures["gap_recovered_muon_20"] == 1.0
+    assert figures["loss_vs_diloco_fp32"] == 1.0
+    assert figures["loss_vs_diloco_fp32_published"] == 0.8
+    assert (figures["loss_alone"], figures["loss_auto_20"], figures["loss_synchronous"]) == (3.0, 2.0, 2.0)

@@ -171,6 +171,30 @@ def test_state_is_the_golden_one_when_the_payloads_are_fixed() -> None:
 GOLDEN_STATE = "b50eef1cd16c33bec2d3c97bd7a217d6bca6a430b1fed2f26bc77d69885949de"
 
 
+def test_states_and_views_of_them_stay_as_they_are_when_memory_is_used_again() -> None:
+    payloads = payloads_of(0, 10, 20)
+    state = State(0, fixed_vector(3))
+    kept: list[tuple[Vector, bytes]] = []
+    for _ in range(6):
+        manifest = round_of(
+            state, list(payloads.values()), outer_optimizer="nesterov", outer_learning_rate=0.7, outer_momentum=0.5
+        )
+        state = apply_manifest(state, manifest, payloads.__getitem__)
+        assert state.momentum is not None
+        kept += [(view, view.tobytes()) for view in (state.theta[100:200], state.momentum[:7])]
+    assert all(view.tobytes() == before for view, before in kept)
+
+
+def test_memory_is_used_again_when_nobody_sees_it_any_more() -> None:
+    payloads = payloads_of(0)
+    state = State(0, fixed_vector(3))
+    places = []
+    for _ in range(6):
+        state = apply_manifest(state, round_of(state, list(payloads.values())), payloads.__getitem__)
+        places.append(state.theta.ctypes.data)
+    assert len(set(places)) == 2
+
+
 def test_momentum_starts_from_zeros_when_the_state_has_none() -> None:
     payloads = payloads_of(0)
     options = {"outer_optimizer": "sgd", "outer_learning_rate": 0.5, "outer_momentum": 0.9}
