@@ -233,6 +233,7 @@ class CoordinatorService(CoordinatorServiceServicer):
             session.send(
                 verdict=pb.ContributionVerdict(payload_hash=header.payload_hash, accepted=False, reason=reason)
             )
+            self._engine.submit(ev.LeaseReturned(peer=header.peer, lease_id=header.lease_id, reason=reason))
             return
         self._engine.submit(
             ev.ContributionCommitted(

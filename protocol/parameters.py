@@ -49,9 +49,9 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flatten(model: nn.Module) -> NDArray[np.float32]:
-    """A copy of the model's parameters as θ: float32 (D,)."""
-    theta = np.empty(count_parameters(model), dtype=np.float32)
+def flatten(model: nn.Module, into: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """A copy of the model's parameters as θ: float32 (D,), in `into` where that is given."""
+    theta = np.empty(count_parameters(model), dtype=np.float32) if into is None else into
     for slot, parameter in zip(parameter_layout(model), model.parameters(), strict=True):
         theta[slot.range] = parameter.detach().to("cpu", torch.float32).numpy().reshape(-1)
     return theta
@@ -65,8 +65,31 @@ def assign(model: nn.Module, theta: NDArray[np.float32]) -> None:
     _check_size(model, theta)
     with torch.no_grad():
         for slot, parameter in zip(parameter_layout(model), model.parameters(), strict=True):
-            # the copy is for torch, which takes no read-only array; a slot at a time keeps it small
-            parameter.copy_(torch.from_numpy(theta[slot.range].copy()).view(slot.shape))
+            parameter.copy_(_part(theta, slot))
+
+
+def shift(model: nn.Module, offset: NDArray[np.float32]) -> None:
+    """Add an offset, float32 (D,), to the model's parameters in place. Raises VerificationError for another size."""
+    _check_size(model, offset)
+    with torch.no_grad():
+        for slot, parameter in zip(parameter_layout(model), model.parameters(), strict=True):
+            parameter.add_(_part(offset, slot).to(parameter))
+
+
+def move_towards(model: nn.Module, theta: NDArray[np.float32], share: float) -> None:
+    """Move the model's parameters in place by `share` of the way to θ, float32 (D,).
+
+    Raises VerificationError when θ is not a vector of the model's size.
+    """
+    _check_size(model, theta)
+    with torch.no_grad():
+        for slot, parameter in zip(parameter_layout(model), model.parameters(), strict=True):
+            parameter.lerp_(_part(theta, slot).to(parameter), share)
+
+
+def _part(vector: NDArray[np.float32], slot: ParameterSlot) -> torch.Tensor:
+    # the copy is for torch, which takes no read-only array; a slot at a time keeps it small
+    return torch.from_numpy(vector[slot.range].copy()).view(slot.shape)
 
 
 def pseudo_gradient(theta: NDArray[np.float32], model: nn.Module) -> NDArray[np.float32]:

@@ -5,9 +5,10 @@ Error feedback lives here: e takes in every pseudo-gradient, and gives up what w
 whose header names its shards again.
 
 With overlap the worker goes on while its contribution is exchanged and merged (`go_on`). From θ it has come to θ - Δ;
-it goes on from θ - OWN_SHARE Δ, since the others' average is not there yet, and comes by λ farther. When the merge has
-given θ', the next lease starts from θ' - λ, and its pseudo-gradient is θ' minus where it ends: no step is lost, and
-what is agreed on, θ', is the same for all.
+it goes on from s = θ - OWN_SHARE Δ, since the others' average is not there yet. When the merge has given θ', the next
+lease starts from where the worker stands, moved by θ' - s, and its pseudo-gradient is θ' minus where it ends: no step
+is lost, and what is agreed on, θ', is the same for all. Between the last step of a lease and the next step there is
+little but one copy of the weights; all other passes over vectors are made beside the training (`keep`, `encode`).
 """
 
 import asyncio
@@ -17,12 +18,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
+from protocol import parameters
 from protocol.codecs import codec_of, get_codec
 from protocol.codecs.payload import Vector
 from protocol.documents import Contribution, Genesis, Lease, Manifest, ShardRef, sign
 from protocol.error_feedback import ErrorFeedback
-from protocol.errors import VerificationError
+from protocol.errors import DivergedError, PayloadError, VerificationError
 from protocol.exchange.piece_index import has_index, make_piece_index
 from protocol.exchange.store import BlobStore
 from protocol.identity import Identity
@@ -30,12 +33,12 @@ from protocol.replica import State
 from protocol.shard_format import decode_shard
 from protocol.signing import Signed
 from worker.link import CoordinatorLink
-from worker.trainer import LeaseResult, StepReport, Trainer
+from worker.trainer import StepReport, Trainer, TrainResult
 
 log = structlog.get_logger()
 SHARD_OVERHEAD_BYTES = 4096
 MAX_CARRIED = 4096  # shards; a header has its limit
-OWN_SHARE = 0.5  # of a worker's own step, until the merge is there: best of five values (docs/convergence.md)
+OWN_SHARE = 0.5  # of a worker's own step, until the merge is there: best of five values (docs/averaging.md)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,14 +52,13 @@ class Pending:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What a lease came to, before it is encoded. Valid until the next one is trained."""
+    """What a lease came to. Valid until the next one is trained."""
 
     shards: tuple[ShardRef, ...]  # that a contribution can name; none: there is nothing to contribute now
     inner_steps: int
     mean_loss: float
     compute_s: float
-    displacement: Vector  # (D,): θ minus where the worker has come to
-    residual: Vector  # (D,): the error feedback with it
+    weights: Vector  # (D,): where the worker has come to
 
 
 class Contributor:
@@ -84,43 +86,55 @@ class Contributor:
         self._shard_hashes = shard_hashes
         self._throttle = throttle
         self._feedback = ErrorFeedback(genesis.num_parameters)
-        self._lead: Vector | None = None  # λ
+        self._rows: dict[str, NDArray[np.int64]] = {}  # by hash: the shards of the lease
+        self._weights = np.zeros(genesis.num_parameters, np.float32)
+        self._displacement = np.zeros(genesis.num_parameters, np.float32)
+        self._start: Vector | None = None  # s
+        self._is_ahead = False  # the model stands where training ahead has led
         self._lead_shards: tuple[ShardRef, ...] = ()
 
-    async def train(
-        self,
-        lease: Lease,
-        state: State,
-        link: CoordinatorLink,
-        *,
-        should_stop: Callable[[], bool],
-        on_step: Callable[[StepReport], None],
-    ) -> Trained:
-        """Do a lease's inner steps. `should_stop` is asked between them; what was computed is in the error feedback."""
-        self._keep_unlisted()
-        deadline = time.monotonic() + lease.deadline_in_s - self._genesis.spec.round.exchange_s
+    def compute_deadline_s(self, lease: Lease) -> float:
+        """When a lease that has just come must be trained, by the monotonic clock."""
+        return time.monotonic() + lease.deadline_in_s - self._genesis.spec.round.exchange_s
+
+    async def fetch(self, lease: Lease, link: CoordinatorLink) -> None:
+        """Have a lease's shards at hand. Raises ManyhandsError when they are not to be had."""
         hashes = [self._shard_hashes[shard.index] for shard in (*lease.shards, *lease.ahead)]
         most = SHARD_OVERHEAD_BYTES + 8 * self._genesis.spec.shard_tokens
         await link.fetch_small_blobs(hashes, self._store, most)
-        return await asyncio.to_thread(
-            self._train, lease, state, lambda: should_stop() or time.monotonic() > deadline, on_step
+        rows = await asyncio.to_thread(
+            lambda: {hash_: decode_shard(self._store.read(hash_), self._genesis.vocabulary_size) for hash_ in hashes}
         )
+        self._rows = rows
 
-    async def encode(self, lease: Lease, trained: Trained) -> tuple[Contribution, Signed]:
+    async def train(
+        self, lease: Lease, state: State, *, should_stop: Callable[[], bool], on_step: Callable[[StepReport], None]
+    ) -> Trained:
+        """Do the inner steps of a lease whose shards were fetched. `should_stop` is asked between them."""
+        self._keep_unlisted()
+        return await asyncio.to_thread(self._train, lease, state, should_stop, on_step)
+
+    async def keep(self, lease: Lease, state: State, trained: Trained) -> Vector:
+        """Take what was trained into the error feedback e; returns e, float32 (D,), valid until the next time.
+
+        Raises DivergedError, and keeps nothing, when it is not finite.
+        """
+        return await asyncio.to_thread(self._keep, state, trained, is_ahead=bool(lease.ahead))
+
+    async def encode(self, lease: Lease, trained: Trained, residual: Vector) -> tuple[Contribution, Signed]:
         """The signed header of a contribution, its payload being in the store."""
-        return await asyncio.to_thread(self._encode, lease, trained)
+        return await asyncio.to_thread(self._encode, lease, trained, residual)
 
     async def go_on(
         self,
         lease: Lease,
         state: State,
-        trained: Trained,
         *,
         should_stop: Callable[[], bool],
         on_step: Callable[[StepReport], None],
     ) -> None:
-        """Train on the lease's `ahead` until told to stop. The next lease starts from what came of it."""
-        await asyncio.to_thread(self._go_on, lease, state, trained, should_stop, on_step)
+        """Train on the lease's `ahead` until told to stop, beside `keep`. The next lease goes on from there."""
+        await asyncio.to_thread(self._go_on, lease, state, should_stop, on_step)
 
     def contributed(self, round_: int) -> Vector:
         """float32 (D,): what this worker contributed to a round, as decoded. Raises VerificationError for nothing."""
@@ -149,16 +163,15 @@ class Contributor:
     def _train(
         self, lease: Lease, state: State, should_stop: Callable[[], bool], on_step: Callable[[StepReport], None]
     ) -> Trained:
-        lead, lead_shards = self._lead, self._lead_shards
-        self._lead, self._lead_shards = None, ()
-        start = state.theta if lead is None else state.theta - lead
-        result = self._run(
-            start, lease.shards, lease.tokens_before, lease.round_tokens, should_stop=should_stop, on_step=on_step
-        )
-        displacement = result.pseudo_gradient
-        if lead is not None:
-            displacement += lead
-        residual = self._feedback.compensate(displacement, self._genesis.spec.exchange.error_feedback_decay)
+        lead_shards, self._lead_shards = self._lead_shards, ()
+        if self._is_ahead and self._start is not None:
+            np.subtract(state.theta, self._start, out=self._displacement)
+            parameters.shift(self._trainer.model, self._displacement)
+        else:
+            parameters.assign(self._trainer.model, state.theta)
+        self._is_ahead, self._start = False, None
+        result = self._run(lease.shards, lease.tokens_before, lease.round_tokens, should_stop, on_step)
+        weights = parameters.flatten(self._trainer.model, into=self._weights)
         self.steps_per_s = result.steps_per_s
         shards = (*lease.shards[: result.shards_done], *lead_shards, *self.carried)
         if not lease.contribute or result.shards_done == 0:
@@ -168,41 +181,42 @@ class Contributor:
             inner_steps=result.inner_steps,
             mean_loss=result.mean_loss,
             compute_s=result.compute_s,
-            displacement=displacement,
-            residual=residual,
+            weights=weights,
         )
 
+    def _keep(self, state: State, trained: Trained, *, is_ahead: bool) -> Vector:
+        np.subtract(state.theta, trained.weights, out=self._displacement)
+        try:
+            residual = self._feedback.compensate(self._displacement, self._genesis.spec.exchange.error_feedback_decay)
+        except PayloadError as error:
+            raise DivergedError("the lease gave no finite result; lower train.learning_rate") from error
+        if is_ahead:
+            self._displacement *= np.float32(-OWN_SHARE)
+            self._displacement += state.theta
+            self._start, self._displacement = self._displacement, self._weights
+            self._weights = np.empty_like(self._start)
+        return residual
+
     def _go_on(
-        self,
-        lease: Lease,
-        state: State,
-        trained: Trained,
-        should_stop: Callable[[], bool],
-        on_step: Callable[[StepReport], None],
+        self, lease: Lease, state: State, should_stop: Callable[[], bool], on_step: Callable[[StepReport], None]
     ) -> None:
-        start = state.theta - np.float32(OWN_SHARE) * trained.displacement
-        tokens = lease.tokens_before + lease.round_tokens
-        result = self._run(start, lease.ahead, tokens, 0, should_stop=should_stop, on_step=on_step)
-        self._lead, self._lead_shards = result.pseudo_gradient, lease.ahead[: result.shards_done]
+        parameters.move_towards(self._trainer.model, state.theta, 1.0 - OWN_SHARE)
+        result = self._run(lease.ahead, lease.tokens_before + lease.round_tokens, 0, should_stop, on_step)
+        self._is_ahead, self._lead_shards = True, lease.ahead[: result.shards_done]
 
     def _run(
         self,
-        start: Vector,
         refs: Sequence[ShardRef],
         tokens_before: int,
         round_tokens: int,
-        *,
         should_stop: Callable[[], bool],
         on_step: Callable[[StepReport], None],
-    ) -> LeaseResult:
-        hashes = (self._shard_hashes[ref.index] for ref in refs)
-        shards = [decode_shard(self._store.read(hash_), self._genesis.vocabulary_size) for hash_ in hashes]
-        result = self._trainer.run_lease(
-            start,
-            shards,
+    ) -> TrainResult:
+        result = self._trainer.train(
+            [self._rows[self._shard_hashes[ref.index]] for ref in refs],
             tokens_before=tokens_before,
             round_tokens=round_tokens,
-            lease_tokens=len(shards) * self._genesis.spec.shard_tokens,
+            lease_tokens=len(refs) * self._genesis.spec.shard_tokens,
             should_stop=should_stop,
             on_step=on_step,
             throttle=self._throttle,
@@ -210,9 +224,9 @@ class Contributor:
         self.steps_trained += result.inner_steps
         return result
 
-    def _encode(self, lease: Lease, trained: Trained) -> tuple[Contribution, Signed]:
+    def _encode(self, lease: Lease, trained: Trained, residual: Vector) -> tuple[Contribution, Signed]:
         codec = get_codec(lease.codec, lease.codec_options)
-        payload = codec.encode(trained.residual)
+        payload = codec.encode(residual)
         header = Contribution(
             run_id=self._genesis.run_id,
             peer=self._identity.peer_id,

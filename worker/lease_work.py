@@ -5,6 +5,7 @@ broken connection does not end the work: the header is sent again when the worke
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import structlog
@@ -16,7 +17,7 @@ from protocol.exchange.store import BlobStore
 from protocol.replica import State
 from protocol.signing import Signed
 from protocol.wire import coordinator_pb2 as pb
-from worker.contributor import Contributor, Trained
+from worker.contributor import Contributor
 from worker.link import CoordinatorLink
 from worker.trainer import StepReport
 
@@ -53,13 +54,29 @@ class LeaseWork:
         return all(task is None or task.done() for task in (self._task, self._ahead))
 
     async def begin(self, lease: Lease, state: State | None) -> None:
-        """Work on a lease from `state`, and no longer on an earlier one; one that builds on another is handed back."""
+        """Work on a lease from `state`, and no longer on an earlier one; one that builds on another is handed back.
+
+        Its shards are fetched first, while what is trained ahead goes on.
+        """
+        deadline_s = self.contributor.compute_deadline_s(lease)
+        problem = await self._prepare(lease, state)
         await self.end()
-        if state is None or lease.base_digest != state.digest:
-            self._return(lease, "another state is held here")
+        if problem or state is None:
+            self._return(lease, problem)
             return
         self.lease, self._stopped = lease, False
-        self._task = asyncio.create_task(self._fulfil(lease, state))
+        self._task = asyncio.create_task(self._fulfil(lease, state, deadline_s))
+
+    async def _prepare(self, lease: Lease, state: State | None) -> str:
+        """Why the lease cannot be worked on; empty when it can."""
+        if state is None or lease.base_digest != state.digest:
+            return "another state is held here"
+        try:
+            await self.contributor.fetch(lease, self._link)
+        except ManyhandsError as error:
+            log.warning("the lease's shards were not to be had", lease=lease.lease_id, error=str(error))
+            return str(error)
+        return ""
 
     async def end(self) -> None:
         """Stop after the current inner step. What was computed is in the error feedback, for the next contribution."""
@@ -110,19 +127,23 @@ class LeaseWork:
         if self._linked.is_set():
             self._link.send(lease_return=pb.LeaseReturn(lease_id=lease.lease_id, reason=reason[:200]))
 
-    async def _fulfil(self, lease: Lease, state: State) -> None:
+    async def _fulfil(self, lease: Lease, state: State, deadline_s: float) -> None:
         """Train, encode, deliver. A failure hands the lease back and is told, not raised."""
         try:
             self._show("training")
             trained = await self.contributor.train(
-                lease, state, self._link, should_stop=lambda: self._stopped, on_step=self._on_step
+                lease,
+                state,
+                should_stop=lambda: self._stopped or time.monotonic() > deadline_s,
+                on_step=self._on_step,
             )
+            if lease.ahead and not self._stopped:
+                self._ahead = asyncio.create_task(self._go_on(lease, state))
+            residual = await self.contributor.keep(lease, state, trained)
             if self._stopped:
                 return
-            if lease.ahead:
-                self._ahead = asyncio.create_task(self._go_on(lease, state, trained))
             if trained.shards:
-                done = await self.contributor.encode(lease, trained)
+                done = await self.contributor.encode(lease, trained, residual)
                 self._show("sending")
                 self._sending = True
                 await self._deliver(*done)
@@ -135,11 +156,9 @@ class LeaseWork:
         finally:
             self._sending = False
 
-    async def _go_on(self, lease: Lease, state: State, trained: Trained) -> None:
+    async def _go_on(self, lease: Lease, state: State) -> None:
         try:
-            await self.contributor.go_on(
-                lease, state, trained, should_stop=lambda: self._stopped, on_step=self._on_step
-            )
+            await self.contributor.go_on(lease, state, should_stop=lambda: self._stopped, on_step=self._on_step)
         except ManyhandsError as error:
             log.warning("training ahead broke off", lease=lease.lease_id, error=str(error))
 

@@ -15,7 +15,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from worker.optimizers import InnerOptimizer, build_optimizer, learning_rate_at
 from worker.tasks import TASKS, Task
 
 _MAX_BAD_STEPS = 3  # in a row
+_DIVERGED = "the lease gave no finite result; lower train.learning_rate"
 _SLEEP_S = 0.1  # a throttled worker looks this often whether it should stop
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, MPS; the CPU's allocators
 
@@ -49,8 +50,8 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseResult:
-    """What a lease came to. Losses are in nats a token, NaN when no step was made."""
+class TrainResult:
+    """What inner steps came to. Losses are in nats a token, NaN when no step was made."""
 
     shards_done: int
     inner_steps: int  # made, those in an unfinished shard included
@@ -59,6 +60,12 @@ class LeaseResult:
     last_loss: float
     compute_s: float
     steps_per_s: float  # by the wall clock: throttled when the worker is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseResult(TrainResult):
+    """What a lease came to."""
+
     pseudo_gradient: NDArray[np.float32]  # (D,)
 
 
@@ -125,10 +132,36 @@ class Trainer:
         Raises VerificationError when θ or a shard does not fit the run, DivergedError after three steps in a row, or
         a whole lease, without a finite loss and gradient, DeviceMemoryError when one sequence is too much.
         """
+        parameters.assign(self.model, theta)
+        result = self.train(
+            shards,
+            tokens_before=tokens_before,
+            round_tokens=round_tokens,
+            lease_tokens=lease_tokens,
+            should_stop=should_stop,
+            on_step=on_step,
+            throttle=throttle,
+        )
+        delta = parameters.pseudo_gradient(theta, self.model)
+        if not np.isfinite(delta).all():
+            raise DivergedError(_DIVERGED)
+        return LeaseResult(**asdict(result), pseudo_gradient=delta)
+
+    def train(
+        self,
+        shards: Sequence[NDArray[np.int64]],
+        *,
+        tokens_before: int,
+        round_tokens: int,
+        lease_tokens: int,
+        should_stop: Callable[[], bool],
+        on_step: Callable[[StepReport], None],
+        throttle: float = 1.0,
+    ) -> TrainResult:
+        """Train from where the model stands, else as `run_lease`; the model is left where it has come to."""
         if not 0.0 < throttle <= 1.0:
             raise ValueError(f"throttle is a share of the time above 0 and at most 1, not {throttle}")
         batches = self._cut(shards)
-        parameters.assign(self.model, theta)
         self.model.train()
 
         def learning_rate(steps_done: int) -> float:
@@ -138,7 +171,7 @@ class Trainer:
         started_s = time.perf_counter()
         with seeded(self.device, _hash(shards)):
             progress = self._train(batches, learning_rate, should_stop, on_step, 1.0 / throttle - 1.0)
-        return self._conclude(theta, progress, time.perf_counter() - started_s)
+        return self._conclude(progress, time.perf_counter() - started_s)
 
     def evaluate(self, theta: NDArray[np.float32] | None, rows: NDArray[np.int64], batch: int) -> float:
         """The mean loss in nats a token of int64 rows (N, T + 1), `batch` at a time, without dropout, in float32.
@@ -261,12 +294,11 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.train.gradient_clip)
         return total.item(), norm.item()
 
-    def _conclude(self, theta: NDArray[np.float32], progress: "_Progress", wall_s: float) -> LeaseResult:
-        delta = parameters.pseudo_gradient(theta, self.model)
-        if (progress.steps and not progress.losses) or not np.isfinite(delta).all():
-            raise DivergedError("the lease gave no finite result; lower train.learning_rate")
+    def _conclude(self, progress: "_Progress", wall_s: float) -> TrainResult:
+        if progress.steps and not progress.losses:
+            raise DivergedError(_DIVERGED)
         shards_done = progress.steps // self.spec.data.shard_steps
-        return LeaseResult(
+        return TrainResult(
             shards_done=shards_done,
             inner_steps=progress.steps,
             tokens=shards_done * self.spec.shard_tokens,
@@ -274,7 +306,6 @@ class Trainer:
             last_loss=progress.losses[-1] if progress.losses else math.nan,
             compute_s=progress.compute_s,
             steps_per_s=progress.steps / wall_s if progress.steps else 0.0,
-            pseudo_gradient=delta,
         )
 
     def _cut(self, shards: Sequence[NDArray[np.int64]]) -> list[Tensor]:

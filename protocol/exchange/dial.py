@@ -22,6 +22,7 @@ _OPTIONS: Sequence[tuple[str, int | str]] = (
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # a mapping that a router forgot is noticed; 60 s by default
 )
 
 
