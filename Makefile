@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format proto chaos clean
+.PHONY: help setup demo test check format proto chaos scenarios clean
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,11 @@ proto: $(READY) ## regenerate protocol/wire from protocol/coordinator.proto
 
 chaos: $(READY) ## long runs that kill and cut
 	$(BIN)/python -m pytest -m chaos --timeout 1800 tests/chaos
+
+scenarios: $(READY) ## every scenario of the simulator in its short form, with reports in manyhands-simulations/short
+	for file in simulations/scenarios/*.toml; do \
+	  name=$$(basename $$file .toml); echo "== $$name"; \
+	  $(BIN)/manyhands simulate $$name --short --out manyhands-simulations/short/$$name || exit 1; done
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

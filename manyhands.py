@@ -13,6 +13,7 @@ from typer.main import get_command
 _GROUPS = {
     "coordinator": ("coordinator.commands", "Start a run and look after it."),
     "worker": ("worker.commands", "Lend this machine to a run."),
+    "simulate": ("simulations.commands", "Run a scenario with virtual peers: `manyhands simulate laptops`."),
 }
 
 

@@ -1,0 +1,273 @@
+"""All peers of a chunk at once: torch.func.vmap over the peers, on one flat row of parameters each.
+
+The step of a small model is a few dozen tiny operations, and vmap's own work costs more than they do. So the batched
+step is recorded once for every number of peers (make_fx) and the plain record is run; a model that cannot be recorded,
+because it looks at its numbers on the way, goes through vmap every time. Chunks are padded to few different sizes, so
+that few records are made.
+
+With torch.optim.Muon no two backends agree for long: its bfloat16 turns differences of 1e-7 into ones of 1e-3, and so
+does the worker's trainer when its own start is moved by as little. On equal gradients the steps are equal.
+
+Peers make different numbers of inner steps: they are sorted, most steps first, so that those who still have steps to
+make come first, and the others' rows are not touched any more.
+
+Invariants: results do not depend on what was computed before; dropout's random numbers follow from the jobs.
+
+Shape letters: P peers, D parameters, S inner steps, B sequences in a step, C columns.
+"""
+
+import logging
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.fx import GraphModule
+
+from protocol.errors import DivergedError
+from protocol.parameters import count_parameters, parameter_layout
+from simulations.learning.backend import Job, Trained, Vector, learning_rates
+from simulations.learning.inner import StackedOptimizer
+from simulations.learning.problem import Problem
+from simulations.learning.stores import PeerVectors
+from worker.device import seeded
+
+MEMORY_BYTES = 1 << 29  # that the tensors of a chunk may take, unless a chunk is given
+CACHE_BYTES = 1 << 26  # on a CPU more peers at once are no faster, unless there are
+CACHE_PEERS = 8  # fewer than so many
+MAX_CHUNK = 4096
+MAX_BAD_STEPS = 3  # in a row, as in worker.trainer
+_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+_RESHAPING = (
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.expand.default,
+)
+
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # parameters (P, D), rows (P, B, C) -> gradients, losses (P,)
+
+
+class BatchedBackend:
+    """See simulations.learning.backend.Backend. chunk 0: what fits into `memory_bytes`."""
+
+    def __init__(
+        self, problem: Problem, *, chunk: int = 0, device: torch.device, memory_bytes: int = MEMORY_BYTES
+    ) -> None:
+        self._problem = problem
+        self._device = device
+        model: Any = problem.build_model().to(device).train()
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation("eager")  # vmap has no rule for the backward pass of the fused one on CPUs
+        self._vmapped = _batch_step(problem, model)
+        self._recorded: dict[int, Step] = {}
+        self._can_record = True
+        self._num_parameters = count_parameters(model)
+        self._optimizer = StackedOptimizer(problem.optimizer, model, problem.spec.train)
+        self._states = PeerVectors(self._optimizer.state_size)
+        self.chunk = chunk or self._fit_chunk(model, memory_bytes)
+
+    def train(self, starts: Vector, jobs: Sequence[Job]) -> Trained:
+        """See Backend."""
+        order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].shards))
+        ordered = [jobs[place] for place in order]
+        with torch.no_grad(), seeded(self._device, _seed(ordered)):
+            starts_pd = self._to_device(starts if starts.ndim == 1 else starts[order])
+            ends_pd, losses_sp = self._make_steps(starts_pd, ordered)
+            gradients_pd = (starts_pd - ends_pd).cpu().numpy()
+        means = _mean_losses(losses_sp, ordered)
+        if not np.isfinite(gradients_pd).all():
+            raise DivergedError("the lease of a peer gave no finite result; lower train.learning_rate")
+        back = np.argsort(order)
+        return Trained(pseudo_gradients=gradients_pd[back], mean_losses=means[back])
+
+    def forget(self, peer: str) -> None:
+        """See Backend."""
+        self._states.clear(peer)
+
+    def _make_steps(self, starts: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, NDArray[np.float64]]:
+        """Where the jobs' peers end, (P, D), and the loss of every step, (S, P), NaN where none was made.
+
+        jobs: those with most steps first.
+        """
+        spec, num_peers = self._problem.spec, len(jobs)
+        counts = np.array([len(job.shards) for job in jobs]) * spec.data.shard_steps
+        num_steps = int(counts[0])
+        rows = self._gather_rows(jobs)
+        rates = self._to_device(self._gather_rates(jobs, num_steps))
+        parameters = self._pad(starts.expand(num_peers, -1))
+        peers = [job.peer for job in jobs]
+        state = self._to_device(self._states.read(peers))
+        losses = np.full((num_steps, num_peers), np.nan)
+        bad = np.zeros(num_peers, np.int64)
+        for step in range(num_steps):
+            active = int((counts > step).sum())
+            gradients, loss = self._compute(parameters, rows[:, step], active)
+            is_good = self._update(parameters[:active], gradients, loss, state[:active], rates[step, :active])
+            losses[step, :active] = np.where(is_good, loss.cpu().numpy(), np.nan)
+            bad[:active] = np.where(is_good, 0, bad[:active] + 1)
+            if bad.max() == MAX_BAD_STEPS:
+                raise DivergedError(f"{peers[int(bad.argmax())]} came to no finite loss; lower train.learning_rate")
+        if self._optimizer.state_size:
+            self._states.write(peers, state.cpu().numpy())
+        return parameters[:num_peers], losses
+
+    def _update(
+        self, parameters: Tensor, gradients: Tensor, losses: Tensor, state: Tensor, rates: Tensor
+    ) -> NDArray[np.bool_]:
+        """Clip and step, in place, where loss and gradient are finite; returns where they are, (P,)."""
+        norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+        scales = (self._problem.spec.train.gradient_clip / (norms + _CLIP_EPSILON)).clamp_(max=1.0)
+        is_good = torch.isfinite(losses) & torch.isfinite(norms[:, 0])
+        if bool((scales < 1.0).any()):
+            gradients.mul_(scales)
+        if bool(is_good.all()):
+            self._optimizer.step(parameters, gradients, state, rates)
+        else:
+            where = is_good.nonzero()[:, 0]
+            some, some_state = parameters[where], state[where]
+            self._optimizer.step(some, gradients[where], some_state, rates[where])
+            parameters[where], state[where] = some, some_state
+        return is_good.cpu().numpy()
+
+    def _compute(self, parameters: Tensor, rows: Tensor, active: int) -> tuple[Tensor, Tensor]:
+        """The gradients (P, D) and losses (P,) of the first `active` peers' rows, (*, B, C)."""
+        size = _padded(active) if self._can_record else active
+        parameters, rows = parameters[:size], rows[:size].to(self._device, torch.int64)
+        if self._can_record and size not in self._recorded:
+            self._record(size, parameters, rows)
+        gradients, losses = self._recorded.get(size, self._vmapped)(parameters, rows)
+        return gradients[:active], losses[:active]
+
+    def _record(self, size: int, parameters: Tensor, rows: Tensor) -> None:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        logger = logging.getLogger("torch.fx")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)  # what cannot be recorded is no error here
+        try:
+            record = make_fx(self._vmapped)(parameters, rows)
+        except Exception:  # torch raises whatever the model's operations do
+            self._can_record = False
+            return
+        finally:
+            logger.setLevel(level)
+        _simplify(record)
+        self._recorded[size] = record
+
+    def _gather_rows(self, jobs: Sequence[Job]) -> Tensor:
+        """int32 (P, S, B, C), some of them never used: where a peer has no step to make, and what `_pad` adds."""
+        shards = self._problem.data.shards
+        places = np.zeros((_padded(len(jobs)), len(jobs[0].shards)), np.int64)
+        for place, job in enumerate(jobs):
+            places[place, : len(job.shards)] = job.shards
+        batch = self._problem.spec.train.batch_sequences
+        return torch.from_numpy(shards[places].reshape(len(places), -1, batch, shards.shape[2]))
+
+    def _pad(self, parameters: Tensor) -> Tensor:
+        """A copy with rows more, so that a recorded step of any number of peers finds as many rows as it takes."""
+        padded = parameters.new_zeros(_padded(len(parameters)), self._num_parameters)
+        padded[: len(parameters)] = parameters
+        return padded
+
+    def _gather_rates(self, jobs: Sequence[Job], num_steps: int) -> Vector:
+        """float32 (S, P, 1). Most peers of a round share their rates, which are computed once."""
+        known: dict[tuple[int, ...], tuple[float, ...]] = {}
+        rates = np.zeros((num_steps, len(jobs), 1), np.float32)
+        for place, job in enumerate(jobs):
+            key = (len(job.shards), job.tokens_before, job.round_tokens, job.lease_tokens)
+            if key not in known:
+                known[key] = learning_rates(job, self._problem.spec)
+            rates[: len(known[key]), place, 0] = known[key]
+        return rates
+
+    def _fit_chunk(self, model: nn.Module, memory_bytes: int) -> int:
+        spec = self._problem.spec
+        rows = torch.from_numpy(self._problem.data.shards[0, : spec.train.batch_sequences]).long().to(self._device)
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self._problem.task.loss(model, rows)
+        # a row of each: start, end, gradient, two while it is updated, pseudo-gradient, error feedback
+        vectors = 7 * self._num_parameters + 2 * self._optimizer.state_size
+        per_peer = 4 * vectors + 2 * sum(saved.values())  # what backward passes on takes about as much again
+        useful = MAX_CHUNK if self._device.type != "cpu" else max(CACHE_PEERS, CACHE_BYTES // per_peer)
+        return max(1, min(MAX_CHUNK, useful, memory_bytes // per_peer))
+
+    def _to_device(self, values: Vector) -> Tensor:
+        return torch.tensor(values, device=self._device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"problem": self._problem, "chunk": self.chunk, "device": self._device, "states": self._states}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        states = state.pop("states")
+        BatchedBackend.__init__(self, **state)
+        self._states = states
+
+
+class _Loss(nn.Module):
+    """The task's loss as the output of a module, for `functional_call`."""
+
+    def __init__(self, problem: Problem, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._task = problem.task
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self._task.loss(self.model, rows)
+
+
+def _batch_step(problem: Problem, model: nn.Module) -> Step:
+    module = _Loss(problem, model)
+    slots = parameter_layout(module)
+    sizes = [slot.size for slot in slots]
+
+    def loss(parameters: Tensor, rows: Tensor) -> Tensor:
+        """Of one peer: parameters (D,), rows (B, C)."""
+        parts = zip(slots, torch.split(parameters, sizes), strict=True)
+        named = {slot.name: part.view(slot.shape) for slot, part in parts}
+        value: Tensor = functional_call(module, named, (rows,))
+        return value
+
+    step: Step = vmap(grad_and_value(loss), randomness="different")
+    return step
+
+
+def _simplify(record: GraphModule) -> None:
+    """Take out the operations that give what they are given; vmap leaves many."""
+    for node in record.graph.nodes:
+        if node.target not in _RESHAPING:
+            continue
+        given = node.args[0].meta.get("tensor_meta")
+        if given is not None and given.shape == node.meta["tensor_meta"].shape:
+            node.replace_all_uses_with(node.args[0])
+    record.graph.eliminate_dead_code()
+    record.recompile()
+
+
+def _padded(num_peers: int) -> int:
+    """At most an eighth more: eight sizes from a power of two to the next."""
+    unit = 1 << max(0, num_peers.bit_length() - 4)
+    return -(-num_peers // unit) * unit
+
+
+def _mean_losses(losses_sp: NDArray[np.float64], jobs: Sequence[Job]) -> NDArray[np.float64]:
+    made = np.isfinite(losses_sp)
+    if not made.any(axis=0).all():
+        peer = jobs[int(np.argmin(made.any(axis=0)))].peer
+        raise DivergedError(f"the lease of {peer} gave no finite result; lower train.learning_rate")
+    means: NDArray[np.float64] = np.where(made, losses_sp, 0.0).sum(axis=0) / made.sum(axis=0)
+    return means
+
+
+def _seed(jobs: Sequence[Job]) -> int:
+    return zlib.crc32(repr([(job.peer, job.shards, job.tokens_before) for job in jobs]).encode())

@@ -1,0 +1,220 @@
+"""The learner of fidelity `learn`: what all virtual peers train, send and merge, with the product's own pieces.
+
+There is one state for all peers, since all replicas are equal. Per peer there is what differs: the error feedback, what
+was trained ahead, the inner optimizer's state (in the backend). They wait in files (simulations.learning.stores).
+
+It does not know the time, the network, or who is let in: simulations.virtual_run tells it.
+
+Shape letters: P peers, D parameters.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import torch
+
+from coordinator.core.effects import CloseRound, Credit, MergedGroup
+from protocol import parameters
+from protocol.aggregation.merge import merge
+from protocol.codecs import Codec, codec_of, get_codec
+from protocol.outer import get_outer
+from protocol.replica import State, merge_into
+from protocol.signing import sha256_hex
+from simulations.learner import Sent, Work
+from simulations.learning.attacks import ATTACKS, COPIES, check_attack
+from simulations.learning.backend import Backend, Job, Trained, Vector
+from simulations.learning.problem import Problem
+from simulations.learning.stores import PayloadSpool, PeerVectors
+
+OWN_SHARE = 0.5  # as worker.contributor
+EVALUATION_BATCH = 64
+_LOSSLESS = "float32"
+
+
+class TensorLearner:
+    """See simulations.learner.Learner. attacks: by peer id, names of simulations.learning.attacks."""
+
+    def __init__(self, problem: Problem, backend: Backend, attacks: Mapping[str, str] | None = None) -> None:
+        self._problem = problem
+        self._backend = backend
+        self._attacks = dict(attacks or {})
+        for attack in self._attacks.values():
+            check_attack(attack)
+        self._model = problem.build_model()
+        self._outer = get_outer(
+            problem.spec.outer.optimizer, problem.spec.outer.learning_rate, problem.spec.outer.momentum
+        )
+        self.state = State(0, parameters.flatten(self._model))
+        self.digest = self.state.digest
+        self.num_parameters = self.state.theta.size
+        self._residuals = PeerVectors(self.num_parameters)
+        self._leads = PeerVectors(self.num_parameters)  # λ of worker.contributor
+        self._payloads = PayloadSpool()
+        self._waiting: dict[str, Work] = {}
+        self._works: dict[str, Work] = {}
+        self._losses: dict[str, float] = {}
+        self._sent: dict[str, str] = {}  # payload hash of those that no manifest has listed
+        self._honest: Sent | None = None  # the first honest contribution of this round
+
+    def open_round(self, works: Sequence[Work]) -> None:
+        """See Learner. Nothing is computed yet."""
+        for work in works:
+            self._waiting[work.grant.peer] = self._works[work.grant.peer] = work
+
+    def contribute(self, peer: str) -> Sent:
+        """See Learner. The first peer's contribution has all peers of the round trained."""
+        self._train_waiting()
+        grant = self._works[peer].grant
+        attack = self._attacks.get(peer)
+        if attack == COPIES and self._honest is not None:
+            return replace(self._honest, mean_loss=self._losses.get(peer, math.nan))
+        vector = self._residuals.read([peer])[0]
+        if attack is not None:
+            seed = sha256_hex(f"{self._problem.spec.seed}:{grant.round}:{peer}".encode())
+            vector = ATTACKS[attack](vector, np.random.Generator(np.random.PCG64(int(seed, 16))))
+        codec = _codec(grant.codec, grant.codec_options)
+        payload = codec.encode(vector)
+        sent = Sent(
+            payload_hash=sha256_hex(payload),
+            payload_bytes=len(payload),
+            norm=codec.inspect(payload, self.num_parameters).norm,
+            mean_loss=self._losses.get(peer, math.nan),
+        )
+        self._payloads.add(sent.payload_hash, payload)
+        if attack is None:
+            self._sent[peer] = sent.payload_hash
+            self._honest = self._honest or sent
+        return sent
+
+    def close_round(self, closed: CloseRound) -> None:
+        """See Learner. Raises VerificationError when the next state would not be finite."""
+        self._train_waiting()  # those who have sent nothing have worked all the same, from this state
+        if closed.credits:
+            merging = self._read_groups(closed) if closed.groups else self._read(closed.credits)
+            self.state = merge_into(self.state, merging, closed.divisor, self._outer)
+        else:
+            self.state = State(self.state.round + 1, self.state.theta, self.state.momentum)
+        self.digest = self.state.digest
+        for credit in closed.credits:
+            if self._sent.get(credit.peer) == credit.payload_hash:
+                self._settle(credit)
+        self._sent.clear()
+        self._payloads.clear()
+        self._honest = None
+
+    def drop(self, peer: str) -> None:
+        """See Learner."""
+        for kept in (self._waiting, self._works, self._losses, self._sent):
+            kept.pop(peer, None)
+        self._residuals.clear(peer)
+        self._leads.clear(peer)
+        self._backend.forget(peer)
+
+    def held_out_loss(self) -> float:
+        """Nats a token of the state, without dropout."""
+        model, rows = self._model, self._problem.data.held_out
+        parameters.assign(model, self.state.theta)
+        model.eval()
+        total = 0.0
+        with torch.no_grad():
+            for start in range(0, len(rows), EVALUATION_BATCH):
+                part = torch.from_numpy(rows[start : start + EVALUATION_BATCH]).long()
+                total += self._problem.task.loss(model, part).item() * len(part)
+        return total / len(rows)
+
+    # ---- training
+
+    def _train_waiting(self) -> None:
+        """Train the peers whose leases build on this state; most steps first, so that chunks are even."""
+        works = [work for work in self._waiting.values() if work.grant.base_digest == self.digest]
+        for work in works:
+            del self._waiting[work.grant.peer]
+        works = sorted((work for work in works if work.num_units > 0), key=lambda work: -work.num_units)
+        num_chunks = -(-len(works) // self._backend.chunk)
+        for number in range(num_chunks):
+            start, stop = (len(works) * place // num_chunks for place in (number, number + 1))
+            self._train_chunk(works[start:stop])
+
+    def _train_chunk(self, works: Sequence[Work]) -> None:
+        peers = [work.grant.peer for work in works]
+        trained, displacements = self._run(works)
+        decay = np.float32(self._problem.spec.exchange.error_feedback_decay)
+        attackers = [place for place, peer in enumerate(peers) if peer in self._attacks]
+        residuals = self._residuals.read(peers)
+        residuals *= decay
+        residuals[attackers] = 0.0
+        residuals += displacements
+        self._residuals.write(peers, residuals)
+        self._losses.update(zip(peers, trained.mean_losses.tolist(), strict=True))
+        ahead = [place for place, work in enumerate(works) if work.num_ahead > 0]
+        if ahead:
+            self._run_ahead([works[place] for place in ahead], displacements[ahead])
+
+    def _run(self, works: Sequence[Work]) -> tuple[Trained, Vector]:
+        """The works' own shards; also θ minus where each peer has come to, (P, D), what it was ahead included."""
+        peers = [work.grant.peer for work in works]
+        jobs = [
+            Job(
+                peer=work.grant.peer,
+                shards=tuple(index for _, index in work.grant.units[: work.num_units]),
+                tokens_before=work.grant.tokens_before,
+                round_tokens=work.grant.round_tokens,
+                lease_tokens=len(work.grant.units) * self._problem.spec.shard_tokens,
+            )
+            for work in works
+        ]
+        if not any(peer in self._leads for peer in peers):
+            trained = self._backend.train(self.state.theta, jobs)
+            return trained, trained.pseudo_gradients
+        leads = self._leads.read(peers)
+        trained = self._backend.train(self.state.theta - leads, jobs)
+        for peer in peers:
+            self._leads.clear(peer)
+        leads += trained.pseudo_gradients
+        return trained, leads
+
+    def _run_ahead(self, works: Sequence[Work], displacements: Vector) -> None:
+        jobs = [
+            Job(
+                peer=work.grant.peer,
+                shards=tuple(index for _, index in work.grant.ahead[: work.num_ahead]),
+                tokens_before=work.grant.tokens_before + work.grant.round_tokens,
+                round_tokens=0,
+                lease_tokens=len(work.grant.ahead) * self._problem.spec.shard_tokens,
+            )
+            for work in works
+        ]
+        trained = self._backend.train(self.state.theta - np.float32(OWN_SHARE) * displacements, jobs)
+        self._leads.write([job.peer for job in jobs], trained.pseudo_gradients)
+
+    # ---- merging
+
+    def _read(self, credits_: Iterable[Credit]) -> Iterator[tuple[bytes, float, float]]:
+        return ((self._payloads.read(credit.payload_hash), credit.weight, credit.clip) for credit in credits_)
+
+    def _read_groups(self, closed: CloseRound) -> Iterator[tuple[bytes, float, float]]:
+        for group in closed.groups:
+            yield self._merge_group(group, closed.credits), group.weight, 1.0
+
+    def _merge_group(self, group: MergedGroup, credits_: Sequence[Credit]) -> bytes:
+        """What a group's mergers would have made of its contributions: see protocol.replica.merge_group."""
+        members = [credit for credit in credits_ if credit.peer in group.peers]
+        mean = merge(self._read(members), sum(credit.weight for credit in members), self.num_parameters)
+        return get_codec(group.codec).encode(mean)
+
+    def _settle(self, credit: Credit) -> None:
+        if credit.codec == _LOSSLESS:
+            self._residuals.clear(credit.peer)  # it has sent everything
+            return
+        payload = self._payloads.read(credit.payload_hash)
+        residual = self._residuals.read([credit.peer])
+        codec_of(payload).accumulate(payload, -1.0, residual[0])
+        self._residuals.write([credit.peer], residual)
+
+
+@cache
+def _codec(name: str, options: tuple[tuple[str, int | float], ...]) -> Codec:
+    return get_codec(name, dict(options))
