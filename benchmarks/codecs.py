@@ -5,8 +5,8 @@
 One core. MB/s are megabytes (1e6) of float32 input or output a second of processor time; medians over rounds in which
 every codec has its turn, so that a slow moment of the machine falls on all. hivemind's codecs get the tensor in parts
 of 2^19 values, as its all-reduce hands it to them; Uniform8Bit also as a whole, which is slower. Data: standard normal
-times a log-normal scale for every 256 values, seeded. The figures are those at 16 M parameters; those against
-Uniform8Bit are against parts unless they say whole.
+times a log-normal scale for every 256 values, seeded. The figures without a size are those at 16 M parameters; those
+against Uniform8Bit are against parts unless they say whole.
 """
 
 import os
@@ -131,12 +131,12 @@ def show(console: Console, num_parameters: int, subjects: list[Subject]) -> None
     console.print(table)
 
 
-def figures_of(num_parameters: int, subjects: list[Subject]) -> dict[str, Figure]:
+def figures_of(num_parameters: int, subjects: list[Subject], suffix: str = "") -> dict[str, Figure]:
     by_name = {subject.name: subject for subject in subjects}
     sparse, parts, whole = by_name["sparse"], by_name[UNIFORM], by_name[f"{UNIFORM}, whole tensor"]
     encode_s, add_s = statistics.median(sparse.encode_s), statistics.median(sparse.add_s)
     megabytes = 4 * num_parameters / 1e6
-    return {
+    figures: dict[str, Figure] = {
         "sparse_bytes_per_param": sparse.num_bytes / num_parameters,
         "sparse_under_float32": 4 * num_parameters / sparse.num_bytes,
         "sparse_encode_mb_per_s": megabytes / encode_s,
@@ -146,6 +146,7 @@ def figures_of(num_parameters: int, subjects: list[Subject]) -> dict[str, Figure
         "encode_vs_uniform8_whole": statistics.median(whole.encode_s) / encode_s,
         "decode_merge_vs_uniform8_whole": statistics.median(whole.add_s) / add_s,
     }
+    return {name + suffix: value for name, value in figures.items()}
 
 
 def main() -> None:
@@ -156,11 +157,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"hivemind\..*")  # it uses what numpy and torch have deprecated
     console = Console()
     sizes = {MILLION: 15, FIGURES_SIZE: 5} if options.quick else {MILLION: 31, FIGURES_SIZE: 9, 100 * MILLION: 3}
+    figures: dict[str, Figure] = {}
     for num_parameters, num_rounds in sizes.items():
         subjects = measure(num_parameters, num_rounds)
         show(console, num_parameters, subjects)
+        figures |= figures_of(num_parameters, subjects, f"_{num_parameters // MILLION}m")
         if num_parameters == FIGURES_SIZE:
-            write_figures(options.json, figures_of(num_parameters, subjects))
+            figures |= figures_of(num_parameters, subjects)
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 *Alone* is one worker with its S inner steps; every other arm trains four times the tokens. *Synchronous* is one
 optimizer whose every step averages the gradients of four batches, exchanged as float32 by a ring all-reduce. *DiLoCo*
 is four workers with AdamW that send float32 and take outer Nesterov steps: 0.7/0.9 as published, and with the milder
-momentum that suits runs this short. *manyhands* are four workers with run.toml's defaults but for what the row says,
+momentum that suits runs this short. *Ours* are four workers with Muon whose parameters are averaged every H steps,
 trained as a real run trains them (benchmarks.training). With `auto`, codec and H follow from links of so many Mbit/s up
 and five times that down, where a worker makes STEPS_PER_S inner steps a second.
 
@@ -36,9 +36,9 @@ STEPS_PER_S = 50.0
 UPLOADS_MBPS = (5, 20, 100)
 DOWN_OVER_UP = 5
 ADAMW_RATES = (3e-3, 6e-3)
-MUON_RATES = (2e-2, 4e-2)
+MUON_RATES = (2e-2, 3e-2)
 ADAMW_WARMUP = 0.3  # of the run: at 200 steps the best of 0.02, 0.1, 0.2, 0.3 and 0.4; Muon is best with the default
-DILOCO_STEPS = (30, 10, 100)
+DILOCO_STEPS = (10, 30, 100)
 MODEL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -84,26 +84,26 @@ class Result:
 def plan_arms(*, quick: bool) -> dict[str, Arm]:
     """The arms, by the name that their figures have."""
     adamw, muon = _vary_rate("adamw", ADAMW_RATES, quick=quick), _vary_rate("muon", MUON_RATES, quick=quick)
-    auto: Setting = {"exchange": {"codec": AUTO}, "round": {"inner_steps": AUTO}}
-    sparse: Setting = {"exchange": {"codec": "sparse", "codec_options": {"k": 512}}, "round": {"inner_steps": 5}}
+    published, mild = ((30,), (10,)) if quick else (DILOCO_STEPS, DILOCO_STEPS[:2])  # what was best before
+    average = {"optimizer": "average", "learning_rate": 1.0, "momentum": 0.0}
+    auto: Setting = {"exchange": {"codec": AUTO}, "round": {"inner_steps": AUTO}, "outer": average}
+    sparse: Setting = {
+        "exchange": {"codec": "sparse", "codec_options": {"k": 512}},
+        "round": {"inner_steps": 5},
+        "outer": average,
+    }
     arms = {
         "alone": Arm(title="alone, adamw", grid=adamw, num_workers=1),
         "alone_muon": Arm(title="alone, muon", grid=muon, num_workers=1),
         "synchronous": Arm(title="synchronous, adamw", grid=adamw),
         "synchronous_muon": Arm(title="synchronous, muon", grid=muon),
-        "diloco_published": Arm(
-            title="DiLoCo float32, outer 0.7/0.9", grid=_vary_steps(adamw, DILOCO_STEPS, 0.9), rounds=True
-        ),
-        "diloco_mild": Arm(
-            title="DiLoCo float32, outer 0.7/0.5", grid=_vary_steps(adamw, DILOCO_STEPS[:2], 0.5), rounds=True
-        ),
-        "sparse": Arm(title="manyhands, sparse k=512, H 5", grid=_add(muon, sparse), rounds=True),
+        "diloco_published": Arm(title="DiLoCo float32, 0.7/0.9", grid=_vary_steps(adamw, published, 0.9), rounds=True),
+        "diloco_mild": Arm(title="DiLoCo float32, 0.7/0.5", grid=_vary_steps(adamw, mild, 0.5), rounds=True),
+        "sparse": Arm(title="ours, sparse k=512, H 5", grid=_add(muon, sparse), rounds=True),
     }
     for mbps in UPLOADS_MBPS:
         link = Link(upload_bps=mbps * 1e6, download_bps=DOWN_OVER_UP * mbps * 1e6)
-        arms[f"auto_{mbps}"] = Arm(
-            title=f"manyhands, auto, {mbps} Mbit/s up", grid=_add(muon, auto), rounds=True, link=link
-        )
+        arms[f"auto_{mbps}"] = Arm(title=f"ours, auto, {mbps} Mbit/s", grid=_add(muon, auto), rounds=True, link=link)
     return arms
 
 
@@ -197,21 +197,22 @@ def measure_step_ms(base: RunSpec, vocabulary_size: int) -> dict[str, Figure]:
 
 
 def show(console: Console, arms: Mapping[str, Arm], results: Mapping[str, Result]) -> None:
-    table = Table("", "held-out loss", "gap adamw", "muon", "setting (of)", "uploads, MB")
+    table = Table("", "held-out loss", "gap adamw", "muon", "best setting", "uploads, MB")
     for name, result in results.items():
-        each = f" ({' '.join(f'{loss:.3f}' for loss in result.losses)})" if len(result.losses) > 1 else ""
+        spread = f" ± {statistics.stdev(result.losses):.3f}" if len(result.losses) > 1 else ""
         table.add_row(
             arms[name].title,
-            f"{result.loss:.4f}{each}",
+            f"{result.loss:.3f}{spread}",
             f"{recovered(results, name):.0%}",
             f"{recovered(results, name, '_muon'):.0%}",
-            f"{result.setting} ({', '.join(arms[name].grid)})",
+            result.setting,
             f"{result.upload_bytes / 1e6:,.2f}" if arms[name].num_workers > 1 else "0",
         )
     console.print(table)
     for name, result in results.items():
-        if arms[name].link:
-            console.print(f"{arms[name].title}: {'; then '.join(result.plans)}", highlight=False)
+        console.print(f"{arms[name].title}: best of {', '.join(arms[name].grid)}", highlight=False)
+        for plan in result.plans if arms[name].link else ():
+            console.print(f"  {plan}", highlight=False)
 
 
 @contextmanager
@@ -224,10 +225,10 @@ def count_progress(console: Console, total: int) -> Iterator[Callable[[int], Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one rate an arm, one seed, 120 steps: a few minutes")
+    parser.add_argument("--quick", action="store_true", help="one seed, one rate and one H an arm: some minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as a flat JSON object")
     parser.add_argument("--text", default="stdlib", metavar="PATH", help="a file, a folder, or stdlib (default)")
-    parser.add_argument("--steps", type=int, metavar="S", help="inner steps of one worker (200)")
+    parser.add_argument("--steps", type=int, default=200, metavar="S", help="inner steps of one worker (200)")
     parser.add_argument("--seeds", type=int, metavar="N", help="how many seeds (3)")
     options = parser.parse_args()
     num_steps, num_seeds = (

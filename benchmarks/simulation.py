@@ -1,0 +1,453 @@
+"""How fast virtual peers learn, beside Flower's simulation and pfl-research; and what a thousand peers cost.
+
+    python -m benchmarks.simulation [--quick] [--json FILE] [--baselines FOLDER --python PYTHON]
+    python -m benchmarks.simulation --scale [--quick] [--json FILE]
+
+The same jobs, data, client schedule, batch order, start weights and hyper-parameters in every engine, so that all must
+end at the same parameters (norms and losses are compared to 1e-4), one after the other, one thread a process (Flower
+has an actor a core). Ours is what `manyhands simulate` trains with: TensorLearner on the batched backend, with codec,
+hash, error feedback and deterministic merge. FOLDER holds bench_flower.py and bench_pfl.py, PYTHON is of an environment
+with flwr[simulation] and pfl[pytorch]; without them only ours is measured.
+
+- `mlp`: 1,000 clients of 50 digits, 100 of them a round, 20 rounds; 64-32-10, SGD 0.1, batches of 10.
+- `char`: 64 clients, all of them a round, 5 rounds; a transformer of 2 layers of 64, 5 steps of 4 x 64 characters.
+- `--scale`: 1,000 peers that all train a language model of 0.5 M parameters and send it as int2, for 20 rounds; and the
+  memory of 250 and of 1,000 peers with the same chunk.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.figures import Figure, write_figures
+
+if TYPE_CHECKING:
+    from simulations.learning.learner import TensorLearner
+    from simulations.learning.problem import Problem
+
+SEED = 1234  # of the baselines
+REPEATS = 3
+TOLERANCE = 1e-4
+JOBS = ("mlp", "char")
+BASELINES = {"flower": "bench_flower.py", "pfl": "bench_pfl.py"}
+ENGINES = {"ours": "manyhands", "flower": "Flower", "pfl": "pfl-research"}
+LIMIT_S = 1800.0
+SCALE_PEERS, SMALL_PEERS, SCALE_ROUNDS, SCALE_CHUNK = 1000, 250, 20, 16
+SCALE_SPEC: dict[str, Any] = {
+    "model": {
+        "config": {
+            "hidden_size": 128,
+            "intermediate_size": 400,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+        }
+    },
+    "data": {"sequence_length": 64, "shard_steps": 4, "max_tokens": 2_000_000, "held_out_max_tokens": 8192},
+    "train": {"batch_sequences": 2, "optimizer": "adamw", "learning_rate": 2e-3, "tokens": 10_240_000},
+}
+
+
+# ---- the jobs, as the baselines define them
+
+
+def mlp_problem() -> tuple["Problem", list[list[int]], int]:
+    """The problem, who trains in each round, and examples a client."""
+    import numpy as np
+
+    from simulations.learning import digits
+    from simulations.learning.problem import Problem, TrainingData
+
+    with np.load(Path(digits.__file__).parent / "digits.npz") as archive:
+        rows = np.column_stack((archive["pixels"], archive["labels"])).astype(np.int32)
+    rng = np.random.default_rng(SEED)
+    order = rng.permutation(len(rows))
+    held_out, training = order[: digits.HELD_OUT], order[digits.HELD_OUT :]
+    shards = rows[rng.choice(training, size=(1000, 50))]
+    data = TrainingData(vocabulary_size=digits.WHITE + 1, shards=shards, held_out=rows[held_out])
+    spec = _spec(batch_sequences=10, sequence_length=64, learning_rate=0.1)
+    return Problem(spec=spec, task=digits.Digits(), data=data, optimizer="sgd"), _schedule(1000, 100, 20), 50
+
+
+def char_problem() -> tuple["Problem", list[list[int]], int]:
+    """The problem, who trains in each round, and examples a client."""
+    import numpy as np
+
+    from simulations.learning.problem import Problem, TrainingData
+
+    clients, vocabulary = 64, 128
+    successors = np.random.default_rng(SEED).integers(0, vocabulary, size=(vocabulary, 4))
+    texts = [_chain(client, 20 if client < clients else 64, successors) for client in range(clients + 1)]
+    data = TrainingData(vocabulary_size=vocabulary, shards=np.stack(texts[:-1]), held_out=texts[-1])
+    spec = _spec(batch_sequences=4, sequence_length=64, learning_rate=0.5)
+    return Problem(spec=spec, task=_char_task(), data=data, optimizer="sgd"), _schedule(clients, clients, 5), 20
+
+
+def _chain(client: int, count: int, successors: Any) -> Any:
+    """int32 (count, 65): characters, each mostly one of the four successors of the last, with a client's own habits."""
+    import numpy as np
+
+    rng = np.random.default_rng([SEED, client])
+    habits = rng.dirichlet([2.0] * 4)
+    rows = np.empty((count, 65), np.int64)
+    rows[:, 0] = rng.integers(0, len(successors), count)
+    for place in range(64):
+        choice = rng.choice(4, size=count, p=habits)
+        follows = rng.random(count) < 0.95
+        rows[:, place + 1] = np.where(
+            follows, successors[rows[:, place], choice], rng.integers(0, len(successors), count)
+        )
+    return rows.astype(np.int32)
+
+
+def _char_task() -> Any:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+
+    class Block(nn.Module):
+        def __init__(self, width: int, heads: int) -> None:
+            super().__init__()
+            self.heads = heads
+            self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            rows, length, width = x.shape
+            split = (rows, length, self.heads, width // self.heads)
+            q, k, v = (part.reshape(split).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(width, dim=-1))
+            scores = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(width // self.heads)) + mask
+            x = x + self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
+            return x + self.down(F.gelu(self.up(self.ln2(x))))
+
+    class CharTransformer(nn.Module):
+        def __init__(self, vocabulary: int, length: int = 64, width: int = 64) -> None:
+            super().__init__()
+            self.tok, self.pos = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+            self.blocks = nn.ModuleList([Block(width, 4) for _ in range(2)])
+            self.lnf, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+            self.register_buffer("mask", torch.full((length, length), -math.inf).triu(1), persistent=False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.tok(ids) + self.pos.weight
+            for block in self.blocks:
+                x = block(x, self.mask)
+            return self.head(self.lnf(x))
+
+    class CharTask:
+        def build_model(self, spec: Any, vocabulary_size: int, seed: int) -> nn.Module:
+            torch.manual_seed(seed)
+            return CharTransformer(vocabulary_size)
+
+        def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
+            return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+
+    return CharTask()
+
+
+def _spec(*, batch_sequences: int, sequence_length: int, learning_rate: float) -> Any:
+    """FedAvg: a constant rate, no clipping that bites, the plain mean of what was trained in five steps."""
+    from protocol.run_spec import parse_run_spec
+
+    return parse_run_spec(
+        {
+            "seed": SEED,
+            "data": {"sequence_length": sequence_length, "shard_steps": 5},
+            "train": {
+                "batch_sequences": batch_sequences,
+                "learning_rate": learning_rate,
+                "warmup_fraction": 0.0,
+                "final_learning_rate_fraction": 1.0,
+                "gradient_clip": 1e9,
+            },
+            "exchange": {"codec": "float32"},
+            "outer": {"optimizer": "average"},
+            "aggregation": {"rule": "mean"},
+        }
+    )
+
+
+def _schedule(clients: int, per_round: int, rounds: int) -> list[list[int]]:
+    import numpy as np
+
+    rng = np.random.default_rng(SEED + 1)
+    return [rng.choice(clients, size=per_round, replace=False).tolist() for _ in range(rounds)]
+
+
+# ---- ours, in a process of its own
+
+
+def play_round(learner: "TensorLearner", number: int, leases: Mapping[str, int], codec: str, tokens: int) -> None:
+    """One round in which every peer of `leases` trains its shard, and all are credited `tokens`."""
+    from coordinator.core.effects import CloseRound, Credit, GrantLease
+    from simulations.learner import Work
+
+    works = [
+        Work(
+            grant=GrantLease(
+                peer=peer,
+                lease_id=place,
+                round=number,
+                base_digest=learner.digest,
+                units=((number, shard),),
+                deadline_in_s=0.0,
+                tokens_before=number * tokens * len(leases),
+                round_tokens=tokens * len(leases),
+                codec=codec,
+                codec_options=(),
+                contribute=True,
+                ahead=(),
+            ),
+            num_units=1,
+        )
+        for place, (peer, shard) in enumerate(leases.items())
+    ]
+    base_digest = learner.digest
+    learner.open_round(works)
+    credits_ = []
+    for work in works:
+        sent = learner.contribute(work.grant.peer)
+        credits_.append(
+            Credit(
+                peer=work.grant.peer,
+                name=work.grant.peer,
+                lease_id=work.grant.lease_id,
+                units=work.grant.units,
+                tokens=tokens,
+                contribution_hash=sent.payload_hash,
+                payload_hash=sent.payload_hash,
+                payload_bytes=sent.payload_bytes,
+                codec=codec,
+                mean_loss=sent.mean_loss,
+                norm=sent.norm,
+                weight=float(tokens),
+                clip=1.0,
+            )
+        )
+    learner.close_round(
+        CloseRound(
+            round=number,
+            base_digest=base_digest,
+            credits=tuple(sorted(credits_, key=lambda credit: credit.payload_hash)),
+            divisor=float(tokens * len(credits_)),
+            groups=(),
+            leased_peers=len(credits_),
+            closed_because="all are here",
+            inner_steps=1,
+            plan="",
+            tokens_after=(number + 1) * tokens * len(credits_),
+            opened_s=0.0,
+        )
+    )
+
+
+def run_job(name: str, threads: int, chunk: int) -> dict[str, Any]:
+    """Our side of a job, in the baselines' words."""
+    import numpy as np
+    import torch
+
+    from simulations.learning.backend import make_backend
+    from simulations.learning.learner import TensorLearner
+
+    torch.set_num_threads(threads)
+    problem, schedule, per_client = mlp_problem() if name == "mlp" else char_problem()
+    learner = TensorLearner(problem, make_backend("batched", problem, chunk=chunk, device=torch.device("cpu")))
+    rounds_s = []
+    for number, clients in enumerate(schedule):
+        started_s = time.perf_counter()
+        play_round(learner, number, {f"client-{client}": client for client in clients}, "float32", per_client)
+        rounds_s.append(time.perf_counter() - started_s)
+    return {
+        "updates_per_s_steady": len(schedule[0]) / statistics.median(rounds_s[1:]),
+        "round1_s": rounds_s[0],
+        "param_norm": float(np.linalg.norm(learner.state.theta.astype(np.float64))),
+        "final_loss": learner.held_out_loss(),
+    }
+
+
+def run_scale(peers: int, rounds: int) -> dict[str, Any]:
+    """So many peers of a language model, for so many rounds; seconds and gigabytes."""
+    import torch
+
+    from protocol.run_spec import parse_run_spec
+    from simulations.learning.backend import make_backend
+    from simulations.learning.learner import TensorLearner
+    from simulations.learning.problem import make_problem
+
+    spec = parse_run_spec(SCALE_SPEC)
+    problem = make_problem("lm", spec)
+    backend = make_backend("batched", problem, chunk=SCALE_CHUNK, device=torch.device("cpu"))
+    learner = TensorLearner(problem, backend)
+    before, started_s, num_shards = learner.held_out_loss(), time.monotonic(), len(problem.data.shards)
+    for number in range(rounds):
+        leases = {f"peer-{peer:04d}": (number * peers + peer) % num_shards for peer in range(peers)}
+        play_round(learner, number, leases, spec.exchange.codec, spec.shard_tokens)
+        print(f"round {number}: {time.monotonic() - started_s:.0f} s", file=sys.stderr, flush=True)
+    return {
+        "parameters": learner.num_parameters,
+        "seconds": time.monotonic() - started_s,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "loss_before": before,
+        "loss_after": learner.held_out_loss(),
+        "load": os.getloadavg()[0],
+    }
+
+
+# ---- all engines, one after the other
+
+
+def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a process printed as RESULT, and `process_s`, its whole time. Raises RuntimeError when it failed."""
+    started_s = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        own = {} if environment is None else {"cwd": folder}
+        done = subprocess.run(
+            command,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            **own,
+        )
+    process_s = time.perf_counter() - started_s
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not results:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return {**json.loads(results[-1].removeprefix("RESULT ")), "process_s": process_s}
+
+
+def measure_engine(engine: str, job: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One run of one engine."""
+    if engine == "ours":
+        more = ["--threads", str(options.threads), "--chunk", str(options.chunk)]
+        return measure([sys.executable, "-m", "benchmarks.simulation", "--run", job, *more])
+    environment = {
+        "JOB": job,
+        "THREADS": str(options.threads),
+        "ACTOR_CPUS": "1",
+        "PYTHONPATH": str(options.baselines),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    return measure([str(options.python), str(options.baselines / BASELINES[engine])], environment)
+
+
+def compare(job: str, options: argparse.Namespace, console: Console) -> dict[str, Figure]:
+    """All engines on one job, in turns. Raises RuntimeError when they do not end at the same parameters."""
+    engines = ["ours", *(BASELINES if options.baselines else ())]
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
+    for turn in range(1 if options.quick else REPEATS):
+        for engine in engines:
+            with console.status(f"{job}: {ENGINES[engine]}, run {turn + 1}"):
+                runs[engine].append(measure_engine(engine, job, options))
+    for engine in engines:
+        for key in ("param_norm", "final_loss"):
+            ours, other = runs["ours"][0][key], runs[engine][0][key]
+            if abs(ours - other) > TOLERANCE * max(1.0, abs(other)):
+                raise RuntimeError(f"{job}: {key} is {ours} here, {other} with {ENGINES[engine]}")
+    figures: dict[str, Figure] = {}
+    table = Table(title=f"{job}: client updates a second, load {os.getloadavg()[0]:.1f}")
+    for heading in ("engine", "updates/s", "first round, s", "process, s", "norm", "loss", "ours: times as fast"):
+        table.add_column(heading)
+    for engine in engines:
+        rate, first_s, process_s = (
+            statistics.median(run[key] for run in runs[engine])
+            for key in ("updates_per_s_steady", "round1_s", "process_s")
+        )
+        figures |= {f"{job}_{engine}_per_s": rate, f"{job}_{engine}_process_s": process_s}
+        factor = ""
+        if engine != "ours":
+            ratio = float(figures[f"{job}_ours_per_s"]) / rate
+            figures[f"{job}_vs_{engine}"] = ratio
+            factor = f"{ratio:.1f}; whole process {process_s / float(figures[f'{job}_ours_process_s']):.1f}"
+        last = runs[engine][-1]
+        table.add_row(
+            ENGINES[engine],
+            f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}",
+            f"{first_s:.2f}",
+            f"{process_s:.1f}",
+            f"{last['param_norm']:.5f}",
+            f"{last['final_loss']:.5f}",
+            factor,
+        )
+    console.print(table)
+    return figures
+
+
+def measure_scale(quick: bool, console: Console) -> dict[str, Figure]:
+    """A thousand peers for 20 rounds (quick: two), then the memory of fewer peers with the same chunk."""
+    rounds = 2 if quick else SCALE_ROUNDS
+    console.print(f"{SCALE_PEERS} peers, {rounds} rounds, chunks of {SCALE_CHUNK}; minutes each…")
+    command = [sys.executable, "-m", "benchmarks.simulation", "--run"]
+    large = measure([*command, f"scale-{SCALE_PEERS}-{rounds}"])
+    small = measure([*command, f"scale-{SMALL_PEERS}-2"])
+    minutes = large["seconds"] / 60
+    said = f"{minutes:.1f} minutes"
+    if quick:
+        minutes *= SCALE_ROUNDS / rounds
+        said = f"extrapolated from {rounds} rounds: {minutes:.1f} minutes for {SCALE_ROUNDS}"
+    console.print(
+        f"{large['parameters']:,} parameters, {SCALE_PEERS} peers: {said}; peak memory {large['peak_gb']:.2f} GB "
+        f"({SMALL_PEERS} peers: {small['peak_gb']:.2f} GB); loss {large['loss_before']:.3f} -> "
+        f"{large['loss_after']:.3f}; load {large['load']:.1f}"
+    )
+    return {
+        "learn_1000_minutes": minutes,
+        "learn_1000_peak_gb": large["peak_gb"],
+        "learn_250_peak_gb": small["peak_gb"],
+        "learn_1000_rounds_measured": rounds,
+    }
+
+
+def run_child(name: str, options: argparse.Namespace) -> None:
+    """One measurement, in this process; prints it as the baselines do."""
+    if name.startswith("scale-"):
+        _, peers, rounds = name.split("-")
+        result = run_scale(int(peers), int(rounds))
+    else:
+        result = run_job(name, options.threads, options.chunk)
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--quick", action="store_true", help="one run each; --scale: two rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as a flat JSON object")
+    parser.add_argument("--baselines", type=Path, metavar="FOLDER", help="has bench_flower.py and bench_pfl.py")
+    parser.add_argument("--python", type=Path, metavar="PYTHON", help="of the environment with flwr and pfl")
+    parser.add_argument("--threads", type=int, default=1, help="of ours and of pfl-research")
+    parser.add_argument("--chunk", type=int, default=0, help="peers computed at a time; 0: as memory allows")
+    parser.add_argument("--scale", action="store_true", help="measure a thousand peers instead")
+    parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        run_child(options.run, options)
+        return
+    if bool(options.baselines) != bool(options.python):
+        parser.error("--baselines and --python go together")
+    console = Console()
+    if options.scale:
+        write_figures(options.json, measure_scale(options.quick, console))
+        return
+    if not options.baselines:
+        console.print("Only ours: for Flower and pfl-research give --baselines and --python.")
+    measured: Callable[[str], dict[str, Figure]] = lambda job: compare(job, options, console)  # noqa: E731
+    write_figures(options.json, measured("mlp") | measured("char"))
+
+
+if __name__ == "__main__":
+    main()
