@@ -48,6 +48,7 @@ MODEL: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 BENCHMARK_S = 3.0
+TABLE_WIDTH = 110
 
 Setting = dict[str, dict[str, Any]]  # sections of run.toml, over the base
 
@@ -84,7 +85,7 @@ class Result:
 def plan_arms(*, quick: bool) -> dict[str, Arm]:
     """The arms, by the name that their figures have."""
     adamw, muon = _vary_rate("adamw", ADAMW_RATES, quick=quick), _vary_rate("muon", MUON_RATES, quick=quick)
-    published, mild = ((30,), (10,)) if quick else (DILOCO_STEPS, DILOCO_STEPS[:2])  # what was best before
+    published, mild = ((30,), (10,)) if quick else (DILOCO_STEPS, DILOCO_STEPS[:2])  # the whole grid's best
     average = {"optimizer": "average", "learning_rate": 1.0, "momentum": 0.0}
     auto: Setting = {"exchange": {"codec": AUTO}, "round": {"inner_steps": AUTO}, "outer": average}
     sparse: Setting = {
@@ -174,10 +175,14 @@ def recovered(results: Mapping[str, Result], name: str, suffix: str = "") -> flo
 
 
 def figures_of(results: Mapping[str, Result]) -> dict[str, Figure]:
-    """The flat figures; losses in nats a token, the others of `auto` at 20 Mbit/s where the name does not say."""
+    """The flat figures: losses in nats a token; those that name no arm are of `auto` at 20 Mbit/s.
+
+    loss_vs_diloco_fp32: over the better of the two DiLoCo arms.
+    """
     diloco = min(results["diloco_published"].loss, results["diloco_mild"].loss)
     return {
         **{f"loss_{name}": result.loss for name, result in results.items()},
+        **{f"losses_{name}": " ".join(f"{loss:.4f}" for loss in result.losses) for name, result in results.items()},
         **{f"upload_bytes_{name}": result.upload_bytes for name, result in results.items()},
         "gap_recovered": recovered(results, "auto_20"),
         **{f"gap_recovered_muon_{mbps}": recovered(results, f"auto_{mbps}", "_muon") for mbps in UPLOADS_MBPS},
@@ -237,6 +242,7 @@ def main() -> None:
     )
     set_threads(1)  # as a worker of the demo; with more, steps this small mostly wait for each other on a busy machine
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     data = {"source": options.text, "max_tokens": 1_000_000, "sequence_length": 64}
     base = change(RunSpec(), data=data, model={"config": MODEL})
     datasets = [load_dataset(change(base, seed=seed)) for seed in range(num_seeds)]
@@ -252,7 +258,8 @@ def main() -> None:
     show(console, arms, results)
     figures = figures_of(results) | step_ms
     for name, value in figures.items():
-        console.print(f"{name:<32}{value:.4f}", highlight=False)
+        shown = value if isinstance(value, str) else f"{value:.4f}"
+        console.print(f"{name:<32}{shown}", highlight=False)
     write_figures(options.json, figures)
 
 

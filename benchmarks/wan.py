@@ -40,7 +40,7 @@ MODEL = {
     "num_key_value_heads": 8,
     "tie_word_embeddings": False,
 }
-INNER_STEPS = 12
+INNER_STEPS = 32
 ROUNDS, QUICK_ROUNDS = 16, 4  # that count; the first does not
 ROUND_TIMEOUT_S = 120.0
 

@@ -96,7 +96,7 @@ def _build_adamw(model: nn.Module, train: TrainSpec) -> InnerOptimizer:
 
 
 def _build_muon(model: nn.Module, train: TrainSpec) -> InnerOptimizer:
-    hidden = _hidden_matrices(model)
+    hidden = hidden_matrices(model)
     chosen = set(hidden)
     others = [parameter for parameter in model.parameters() if parameter not in chosen]
     parts: list[torch.optim.Optimizer] = []
@@ -126,7 +126,7 @@ def _adamw(parameters: list[nn.Parameter], train: TrainSpec) -> torch.optim.Adam
     )
 
 
-def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """The 2-D weights of the linear layers between the embeddings and the output head, each once."""
     find_head: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
     ends = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}

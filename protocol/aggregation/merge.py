@@ -28,8 +28,9 @@ def merge(contributions: Iterable[tuple[bytes, float, float]], divisor: float, n
     payload and VerificationError for coefficients that are negative or not finite.
     """
     merged = np.empty(num_parameters, np.float32)
-    for where, values in merge_segments(contributions, divisor, num_parameters):
-        merged[where] = values
+    with np.errstate(over="ignore", invalid="ignore"):  # whoever commits the sum checks that it is finite
+        for where, values in merge_segments(contributions, divisor, num_parameters):
+            merged[where] = values
     return merged
 
 
@@ -38,8 +39,8 @@ def merge_segments(
 ) -> Iterator[tuple[slice, Vector]]:
     """What `merge` returns, segment by segment: (where, values), rising and without a gap.
 
-    The values are the caller's until the next segment. All contributions are consumed before the first one; whether a
-    payload is good is known only after the last one.
+    The values are the caller's until the next segment, and whether they are finite is the caller's to check. All
+    contributions are consumed before the first segment; whether a payload is good is known only after the last one.
     """
     abreast: list[tuple[Iterator[Piece], np.float32]] = []
     held_bytes = 0

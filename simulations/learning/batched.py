@@ -82,6 +82,8 @@ class BatchedBackend:
         means = _mean_losses(losses_sp, ordered)
         if not np.isfinite(gradients_pd).all():
             raise DivergedError("the lease of a peer gave no finite result; lower train.learning_rate")
+        if order == sorted(order):
+            return Trained(pseudo_gradients=gradients_pd, mean_losses=means)
         back = np.argsort(order)
         return Trained(pseudo_gradients=gradients_pd[back], mean_losses=means[back])
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from protocol.parameters import ParameterSlot, parameter_layout
 from protocol.run_spec import TrainSpec
 from simulations.learning.problem import Optimizer
-from worker.optimizers import _hidden_matrices
+from worker.optimizers import hidden_matrices
 
 _ADAM_EPSILON = 1e-8
 _MUON_MOMENTUM = 0.95
@@ -42,7 +42,7 @@ class StackedOptimizer:
     def __init__(self, name: Optimizer, model: nn.Module, train: TrainSpec) -> None:
         self._train = train
         self._is_sgd = name == "sgd"
-        hidden = set(_hidden_matrices(model)) if name == "muon" else set()
+        hidden = set(hidden_matrices(model)) if name == "muon" else set()
         slots = list(zip(parameter_layout(model), model.parameters(), strict=True))
         self._matrices = [slot for slot, parameter in slots if parameter in hidden]
         self._stretches = _join([slot for slot, parameter in slots if parameter not in hidden], train.weight_decay)

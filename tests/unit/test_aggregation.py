@@ -161,6 +161,12 @@ def test_merge_needs_no_vector_of_its_own_when_payloads_are_small() -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("name", ["sparse", "float32"])
+def test_merge_overflows_without_a_word_when_the_values_are_too_large(name: str) -> None:
+    payload = get_codec(name).encode(np.full(100, 1e30, np.float32))
+    assert not np.isfinite(merge([(payload, 1.0, 1.0)], 1e-20, 100)).all()
+
+
 @pytest.mark.parametrize("name", ["sparse", "int8", "float32"])
 def test_merge_is_refused_when_a_payload_is_too_long(name: str) -> None:
     codec = get_codec(name)

@@ -53,6 +53,12 @@ def test_rounds_are_short_and_dense_when_the_link_is_no_limit() -> None:
     assert chosen.codec in ("int8", "int4", "int2")
 
 
+def test_rounds_are_as_short_as_the_link_bears_when_it_is_of_middling_speed() -> None:
+    chosen = {mbps: plan(num_parameters=127_424, contributors=4, up_mbps=mbps, step_s=0.02) for mbps in (5.0, 20.0)}
+    assert (chosen[20.0].codec, chosen[20.0].inner_steps) == ("sign", 7)
+    assert (chosen[5.0].codec, chosen[5.0].inner_steps) == ("sign", 30)
+
+
 def test_given_codec_is_kept_when_only_the_steps_are_auto() -> None:
     assert plan(codec="float16").codec == "float16"
     assert plan(codec="sign", inner_steps=7).reason == "as run.toml says"

@@ -1,4 +1,4 @@
-"""simulations.learning.ray_backend, where Ray is installed."""
+"""simulations.learning.ray_backend; needs `pip install '.[ray]'`, which is too large for every run of the tests."""
 
 import pickle
 from typing import Any
@@ -12,7 +12,8 @@ from simulations.learning.ray_backend import RayBackend
 from tests.unit.test_learning_backends import CPU, digits_problem, ragged_jobs
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, which leaves its processes to themselves
+# the warnings are Ray's own, which leaves its processes to themselves
+pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(autouse=True)
