@@ -67,7 +67,7 @@ class TrainSpec(Section):
     tokens: Annotated[int, Field(ge=1)] = Field(4_000_000, description="the run ends when so many are credited")
     batch_sequences: Annotated[int, Field(ge=1, le=1 << 16)] = Field(8, description="sequences in one inner step")
     optimizer: Literal["adamw", "muon"] = Field("muon", description="adamw wants a smaller learning rate")
-    learning_rate: Positive = Field(2e-2, description="for muon; adamw wants 3e-3 to 6e-3")
+    learning_rate: Positive = Field(8e-3, description="for muon; short runs want up to 2e-2, adamw 3e-3 to 6e-3")
     final_learning_rate_fraction: Fraction = 0.1
     warmup_fraction: Fraction = Field(0.02, description="share of the run's tokens over which the rate rises")
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
