@@ -5,8 +5,8 @@
 It talks to the hub by `share`: a line of JSON out, the line of everybody's values back, so every share is a barrier
 too. When the hub is gone, so is this process with all that it started. Times are of the machine's monotonic clock.
 
-A round begins with the peer's own float32 vector (D,) in memory and ends when the result is there and, for manyhands,
-its digest. Bytes are those handed to libp2p streams: payloads, or serialised messages with their lengths.
+A round begins with the peer's own float32 vector (D,) in memory and ends when everybody has the result. Bytes are those
+handed to libp2p streams: payloads, or serialised messages with their lengths.
 """
 
 import asyncio
@@ -150,9 +150,13 @@ async def run_sparse(index: int, num_peers: int, num_parameters: int, folder: Pa
             contributions = ((store.read(blob_hash), WEIGHT, 1.0) for blob_hash, _ in manifest)
             merged = merge_into(before, contributions, WEIGHT * num_peers, outer)
             watch.lap("merge and outer step")
-            _ = merged.digest
-            watch.lap("digest")
             return merged
+
+        def finish(merged: State, own_hash: str, watch: Stopwatch) -> None:
+            _ = merged.digest
+            watch.lap("afterwards: digest")
+            feedback.settle(store.read(own_hash))
+            watch.lap("afterwards: settle")
 
         while True:
             sent_bytes = node.bytes_sent
@@ -170,8 +174,7 @@ async def run_sparse(index: int, num_peers: int, num_parameters: int, folder: Pa
             state = await asyncio.to_thread(merge, state, manifest, watch)
             await share_async("end")  # nobody fetches any more
             watch.stop()
-            await asyncio.to_thread(feedback.settle, store.read(own[0]))
-            watch.lap("afterwards: settle")
+            await asyncio.to_thread(finish, state, own[0], watch)
             await asyncio.to_thread(
                 report, watch, state.theta, node.bytes_sent - sent_bytes, folder, state=state.digest
             )

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.aggregation.merge import merge, merge_segments
+from protocol.aggregation.merge import merge, merge_parts
 from protocol.codecs import Codec, codec_of
+from protocol.codecs.payload import within
 from protocol.documents import ALL_SLICES, Accepted, GroupPayload, Manifest
 from protocol.errors import ConfigError, VerificationError
 from protocol.outer import OuterOptimizer, get_outer
@@ -124,13 +125,13 @@ def merge_into(
 ) -> State:
     """The next state: one outer step with the merge of (payload, weight, clip), as protocol.aggregation.merge does it.
 
-    Merge, step and check go through the vector together, a segment at a time. Raises VerificationError when the next
-    state would not be finite, else as `merge_segments`.
+    Merge, step and check go through the vector together, part by part. Raises VerificationError when the next
+    state would not be finite, else as `merge_parts`.
     """
     theta = empty_vector(state.theta.size)
     momentum = empty_vector(state.theta.size) if optimizer.has_momentum else None
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
-        for where, gradient in merge_segments(contributions, divisor, theta.size):
+        for where, gradient in merge_parts(contributions, divisor, theta.size):
             optimizer.step(
                 state.theta[where],
                 None if state.momentum is None else state.momentum[where],
@@ -200,5 +201,5 @@ def _read_only(vector: Vector) -> Vector:
 
 
 def _check_finite(values: NDArray[np.float32]) -> None:
-    if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+    if not within(values, float(np.finfo(np.float32).max)):
         raise VerificationError("the state would hold NaN or an infinity")

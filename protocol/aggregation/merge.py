@@ -4,8 +4,8 @@ Every coordinate is divided by the same divisor, the total weight of the peers l
 counts as zero, so a coordinate that one peer sends alone gets that peer's share and no more. Elementwise float32 on
 the CPU: one multiply and one add a contribution, never fused, never reordered.
 
-It goes segment by segment, all payloads abreast, so that the sum stays in a core's cache and never needs a vector of
-its own. Payloads that together are larger than such a vector are added up in one, as they come.
+It goes segment by segment, all payloads abreast, so that the sum stays in cache and never needs a vector of its own.
+Payloads that together are larger than such a vector are added up in one, as they come.
 """
 
 import math
@@ -19,6 +19,7 @@ from protocol.codecs.payload import SEGMENT_VALUES, Piece, Vector
 from protocol.errors import VerificationError
 
 _VALUE_BYTES = 4
+_PART_VALUES = 1 << 18  # handed out at a time: 1 MiB, so that what is done with a part finds it in a core's own cache
 
 
 def merge(contributions: Iterable[tuple[bytes, float, float]], divisor: float, num_parameters: int) -> Vector:
@@ -29,18 +30,18 @@ def merge(contributions: Iterable[tuple[bytes, float, float]], divisor: float, n
     """
     merged = np.empty(num_parameters, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # whoever commits the sum checks that it is finite
-        for where, values in merge_segments(contributions, divisor, num_parameters):
+        for where, values in merge_parts(contributions, divisor, num_parameters):
             merged[where] = values
     return merged
 
 
-def merge_segments(
+def merge_parts(
     contributions: Iterable[tuple[bytes, float, float]], divisor: float, num_parameters: int
 ) -> Iterator[tuple[slice, Vector]]:
-    """What `merge` returns, segment by segment: (where, values), rising and without a gap.
+    """What `merge` returns, part by part: (where, values), rising and without a gap.
 
-    The values are the caller's until the next segment, and whether they are finite is the caller's to check. All
-    contributions are consumed before the first segment; whether a payload is good is known only after the last one.
+    The values are the caller's until the next part, and whether they are finite is the caller's to check. All
+    contributions are consumed before the first part; whether a payload is good is known only after the last one.
     """
     abreast: list[tuple[Iterator[Piece], np.float32]] = []
     held_bytes = 0
@@ -68,16 +69,18 @@ def _add_abreast(
     by_segment = [(groupby(pieces, _segment_of), factor) for pieces, factor in contributions]
     scratch = np.empty(min(SEGMENT_VALUES, num_parameters), np.float32)
     for start in range(0, num_parameters, SEGMENT_VALUES):
-        where = slice(start, min(start + SEGMENT_VALUES, num_parameters))
+        stop = min(start + SEGMENT_VALUES, num_parameters)
         if total is None:
-            segment = scratch[: where.stop - start]
+            segment = scratch[: stop - start]
             segment[:] = 0.0
         else:
-            segment = total[where]
+            segment = total[start:stop]
         for segments, factor in by_segment:
             for piece in next(segments)[1]:
                 piece.add_to(segment[piece.span.start - start : piece.span.stop - start], factor)
-        yield where, segment
+        for first in range(start, stop, _PART_VALUES):
+            where = slice(first, min(first + _PART_VALUES, stop))
+            yield where, segment[first - start : where.stop - start]
     for segments, _ in by_segment:
         next(segments, None)  # lets a payload that is too long say so
 

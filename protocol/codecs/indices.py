@@ -1,6 +1,7 @@
-"""Which values of a chunk were sent: sorted indices to bytes and back, without loss.
+"""Which values of each chunk were sent: sorted positions to bytes and back, without loss.
 
-Shape letters: N chunks, K indices a chunk, M values a chunk (M need not be a power of two).
+Shape letters: N chunks, K values sent of a chunk, M values a chunk (M need not be a power of two). A position (of type
+int64) counts through all chunks: n M + index.
 
 Plain: every index in as many bits as M - 1 needs (12 for 4096).
 
@@ -21,22 +22,24 @@ from numpy.typing import NDArray
 from protocol.codecs.bits import Reader, bytes_of_bits, pack_fields, pack_unary, unary_ends, unpack_fields
 from protocol.errors import PayloadError
 
-Indices = NDArray[np.int64]
+Positions = NDArray[np.int64]
 _RICE_HEADER = struct.Struct("<BI")  # pair_bits, bytes of the unary stream
 
 
-def pack_plain(indices_nk: Indices, chunk: int) -> bytes:
-    """Indices (N, K), increasing along K, below `chunk`."""
+def pack_plain(positions_nk: Positions, chunk: int) -> bytes:
+    """Positions (N, K), rising."""
+    indices_nk = positions_nk - _starts(len(positions_nk), chunk)
     return pack_fields(indices_nk.reshape(-1).astype(np.uint32), _width(chunk))
 
 
-def read_plain(reader: Reader, num_chunks: int, k: int, chunk: int) -> Indices:
-    """Indices (N, K). Raises PayloadError unless they increase strictly within a chunk and are below `chunk`."""
+def read_plain(reader: Reader, num_chunks: int, k: int, chunk: int) -> Positions:
+    """Positions (N, K). Raises PayloadError unless they rise, each in its chunk."""
     count = num_chunks * k
     fields = unpack_fields(reader.take(plain_bytes(num_chunks, k, chunk)), count, _width(chunk))
     indices_nk = fields.astype(np.int64).reshape(num_chunks, k)
     if (np.diff(indices_nk, axis=1) <= 0).any() or int(indices_nk[:, -1].max()) >= chunk:
         raise PayloadError("indices are out of order or out of range")
+    indices_nk += _starts(num_chunks, chunk)
     return indices_nk
 
 
@@ -45,10 +48,10 @@ def plain_bytes(num_chunks: int, k: int, chunk: int) -> int:
     return bytes_of_bits(num_chunks * k * _width(chunk))
 
 
-def pack_rice(indices_nk: Indices, chunk: int) -> bytes:
-    """Indices (N, K), increasing along K, below `chunk`; with the pair_bits that makes them shortest."""
-    num_chunks, k = indices_nk.shape
-    gaps = _gaps(indices_nk)
+def pack_rice(positions_nk: Positions, chunk: int) -> bytes:
+    """Positions (N, K), rising; with the pair_bits that makes them shortest."""
+    num_chunks, k = positions_nk.shape
+    gaps = _gaps(positions_nk, chunk)
     pair_bits = _shortest_pair_bits(gaps, _safe_pair_bits(num_chunks, k, chunk))
     divisor = np.uint32(_divisor(pair_bits))
     quotients = gaps // divisor
@@ -59,8 +62,8 @@ def pack_rice(indices_nk: Indices, chunk: int) -> bytes:
     return _RICE_HEADER.pack(pair_bits, len(unary)) + packed + unary
 
 
-def read_rice(reader: Reader, num_chunks: int, k: int, chunk: int) -> Indices:
-    """Indices (N, K). Raises PayloadError unless they are below `chunk`; gaps cannot but increase."""
+def read_rice(reader: Reader, num_chunks: int, k: int, chunk: int) -> Positions:
+    """Positions (N, K). Raises PayloadError unless each is in its chunk; they cannot but rise."""
     count = num_chunks * k
     pair_bits, unary_bytes = _RICE_HEADER.unpack(reader.take(_RICE_HEADER.size))
     if pair_bits > pair_bits_max(chunk) or unary_bytes > _unary_bytes_max(num_chunks, k, chunk, pair_bits):
@@ -71,7 +74,7 @@ def read_rice(reader: Reader, num_chunks: int, k: int, chunk: int) -> Indices:
     if int(pairs.max()) >= divisor * divisor:
         raise PayloadError("a remainder of the index gaps is out of range")
     # An index is the sum of q d + r + 1 up to it, less one. With e the ends of the unary quotients, the sum of all q up
-    # to the i-th is e - i, so that the sum over the whole segment is d e + d + the sum of (r + 1 - d).
+    # to the i-th, through all chunks, is e - i; so that of q d + r + 1 is d e + d + the sum of (r + 1 - d).
     remainders = np.empty((num_pairs, 2), np.int64)
     remainders[:, 0] = first = pairs // np.uint32(divisor)
     remainders[:, 1] = pairs - first * np.uint32(divisor)
@@ -79,13 +82,14 @@ def read_rice(reader: Reader, num_chunks: int, k: int, chunk: int) -> Indices:
     sums = unary_ends(reader.take(unary_bytes), count)
     sums *= divisor
     sums += np.cumsum(remainders.reshape(-1)[:count])
-    indices_nk = sums.reshape(num_chunks, k)
-    before_n = indices_nk[:-1, -1] + 1
-    indices_nk[0] += divisor - 1
-    indices_nk[1:] -= before_n[:, None]
-    if int(indices_nk[:, -1].max()) >= chunk:
+    positions_nk = sums.reshape(num_chunks, k)
+    starts_n1 = _starts(num_chunks, chunk)
+    before_n1 = positions_nk[:-1, -1:] + 1
+    positions_nk[0] += divisor - 1
+    positions_nk[1:] += starts_n1[1:] - before_n1
+    if int((positions_nk[:, -1:] - starts_n1).max()) >= chunk:
         raise PayloadError("indices are out of range")
-    return indices_nk
+    return positions_nk
 
 
 def rice_bytes_max(num_chunks: int, k: int, chunk: int) -> int:
@@ -98,11 +102,17 @@ def pair_bits_max(chunk: int) -> int:
     return 2 * _width(chunk)
 
 
-def _gaps(indices_nk: Indices) -> NDArray[np.uint32]:
-    narrow_nk = indices_nk.astype(np.uint32)
-    gaps_nk = narrow_nk.copy()
-    gaps_nk[:, 1:] -= narrow_nk[:, :-1] + np.uint32(1)
-    return gaps_nk.reshape(-1)
+def _gaps(positions_nk: Positions, chunk: int) -> NDArray[np.uint32]:
+    positions = positions_nk.reshape(-1).astype(np.uint32)
+    gaps = positions - np.uint32(1)
+    gaps[1:] -= positions[:-1]
+    gaps.reshape(positions_nk.shape)[:, :1] = positions_nk[:, :1] - _starts(len(positions_nk), chunk)
+    return gaps
+
+
+def _starts(num_chunks: int, chunk: int) -> Positions:
+    """The first position of each chunk (N, 1)."""
+    return np.arange(0, num_chunks * chunk, chunk)[:, None]
 
 
 def _shortest_pair_bits(gaps: NDArray[np.uint32], safe: int) -> int:

@@ -25,7 +25,7 @@ Bits = NDArray[np.int32]
 
 
 def select_largest(chunks_nm: Vector, k: int) -> tuple[NDArray[np.int64], Vector]:
-    """Indices (N, K), rising, and the values there (N, K).
+    """Positions (N, K) in the flattened chunks, rising, and the values there (N, K).
 
     `chunks_nm` is contiguous, M a power of two from 8, 1 <= K <= M. Raises PayloadError for NaN, infinities, and
     magnitudes above ENCODED_MAX.
@@ -34,8 +34,8 @@ def select_largest(chunks_nm: Vector, k: int) -> tuple[NDArray[np.int64], Vector
     candidates_c, bits_c = _candidates(chunks_nm.view(np.int32), k)
     starts_n = np.searchsorted(candidates_c, np.arange(num_chunks) * chunk)
     selected_c = _reach_kth_largest(bits_c & _MAGNITUDE, starts_n, k)
-    indices_nk = (candidates_c[selected_c] & (chunk - 1)).reshape(num_chunks, k)
-    return indices_nk, bits_c[selected_c].view(np.float32).reshape(num_chunks, k)
+    values_nk = bits_c[selected_c].view(np.float32).reshape(num_chunks, k)
+    return candidates_c[selected_c].reshape(num_chunks, k), values_nk
 
 
 def _candidates(bits_nm: Bits, k: int) -> tuple[NDArray[np.int64], Bits]:

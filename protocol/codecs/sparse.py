@@ -97,20 +97,21 @@ class SparseCodec(PiecewiseCodec):
         return total
 
     def _decode(self, body: memoryview, header: PayloadHeader) -> Iterator[Piece]:
-        read_indices = read_plain if self.packing == PLAIN else read_rice
+        read_positions = read_plain if self.packing == PLAIN else read_rice
         reader = Reader(body)
         for segment in self._segments(header.num_parameters):
             shape = (segment.num_chunks, segment.k)
             count = segment.num_chunks * segment.k
             (exponent,) = _EXPONENT.unpack(reader.take(_EXPONENT.size))
-            scales_n2 = load_float8(reader.take(2 * segment.num_chunks), exponent, 1.0).reshape(-1, 2)
+            scales = load_float8(reader.take(2 * segment.num_chunks), exponent, 1.0)
             negative_nk = unpack_flags(reader.take(bytes_of_bits(count)), count).reshape(shape)
             large_nk = unpack_flags(reader.take(bytes_of_bits(count)), count).reshape(shape)
-            indices_nk = read_indices(reader, *shape, segment.length)
-            values_nk = np.where(large_nk, scales_n2[:, 1:], scales_n2[:, :1])
-            values_nk.view(np.uint32)[:] |= negative_nk.astype(np.uint32) << 31  # several times faster than np.negative
-            indices_nk += segment.length * np.arange(segment.num_chunks)[:, None]
-            yield Piece(segment.where, indices_nk.reshape(-1), values_nk.reshape(-1))
+            positions_nk = read_positions(reader, *shape, segment.length)
+            bits_n2 = scales.view(np.uint32).reshape(-1, 2)  # as integers: faster than np.where and np.negative
+            bits_nk = large_nk * (bits_n2[:, 1:] - bits_n2[:, :1])
+            bits_nk += bits_n2[:, :1]
+            bits_nk |= negative_nk.astype(np.uint32) << 31
+            yield Piece(segment.where, positions_nk.reshape(-1), bits_nk.view(np.float32).reshape(-1))
         reader.finish()
 
     def _encode_segment(self, vector: Vector, segment: _Segment) -> bytes:
@@ -118,18 +119,18 @@ class SparseCodec(PiecewiseCodec):
         if segment.length < self.chunk:  # zeros tie at worst, and then the lower index, a real value, is selected
             values = np.pad(values, (0, self.chunk - segment.length))
         chunks_nm = values.reshape(segment.num_chunks, self.chunk)
-        indices_nk, sent_nk = select_largest(chunks_nm, segment.k)
+        positions_nk, sent_nk = select_largest(chunks_nm, segment.k)
         magnitudes_nk = np.abs(sent_nk)
         scales_n2, least_large_n = _fit_two_levels(magnitudes_nk)
         exponent = exponent_of(scales_n2)
-        pack_indices = pack_plain if self.packing == PLAIN else pack_rice
+        pack_positions = pack_plain if self.packing == PLAIN else pack_rice
         return b"".join(
             (
                 _EXPONENT.pack(exponent),
                 store_float8(scales_n2, exponent).tobytes(),
                 pack_flags(sent_nk < 0),
                 pack_flags(magnitudes_nk >= least_large_n[:, None]),
-                pack_indices(indices_nk, segment.length),
+                pack_positions(positions_nk, segment.length),
             )
         )
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.aggregation import RULES, Vote, cap_weights, get_rule
-from protocol.aggregation.merge import merge, merge_segments
+from protocol.aggregation.merge import merge, merge_parts
 from protocol.codecs import get_codec
 from protocol.codecs.payload import SEGMENT_VALUES, Vector
 from protocol.errors import ConfigError, PayloadError, VerificationError
@@ -144,9 +144,9 @@ def test_merge_is_that_of_one_payload_after_the_other_when_it_goes_segment_by_se
         payload = codec.encode(rng.standard_normal(size).astype(np.float32))
         contributions.append((payload, 1.0 + place, 0.9))
         codec.accumulate(payload, (1.0 + place) * 0.9 / 7.0, expected)
-    segments = [(where, values.copy()) for where, values in merge_segments(contributions, 7.0, size)]
-    assert [where.start for where, _ in segments] == [0, SEGMENT_VALUES, 2 * SEGMENT_VALUES]
-    assert np.concatenate([values for _, values in segments]).tobytes() == expected.tobytes()
+    parts = [(where, values.copy()) for where, values in merge_parts(contributions, 7.0, size)]
+    assert [0, *(where.stop for where, _ in parts)] == [*(where.start for where, _ in parts), size]
+    assert np.concatenate([values for _, values in parts]).tobytes() == expected.tobytes()
 
 
 def test_merge_needs_no_vector_of_its_own_when_payloads_are_small() -> None:
@@ -154,7 +154,7 @@ def test_merge_needs_no_vector_of_its_own_when_payloads_are_small() -> None:
     payload = get_codec("sparse").encode(np.ones(size, np.float32))
     tracemalloc.start()
     try:
-        for _ in merge_segments([(payload, 1.0, 1.0)] * 8, 8.0, size):
+        for _ in merge_parts([(payload, 1.0, 1.0)] * 8, 8.0, size):
             pass
         assert tracemalloc.get_traced_memory()[1] < 2 * size
     finally:

@@ -147,7 +147,7 @@ def test_lower_indices_are_selected_when_magnitudes_tie() -> None:
     chunk = np.array([[1, -2, 2, 0, 2, 1, 1, -2, 0, 0, 0, 0, 0, 0, 0, 0]], np.float32)
     assert select_largest(chunk, 3)[0].tolist() == [[1, 2, 4]]
     assert select_largest(chunk, 10)[0].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]]
-    assert select_largest(np.zeros((2, 16), np.float32), 3)[0].tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert select_largest(np.zeros((2, 16), np.float32), 3)[0].tolist() == [[0, 1, 2], [16, 17, 18]]
 
 
 def test_wire_size_is_below_a_210th_of_float32_when_64_of_4096_are_sent() -> None:
