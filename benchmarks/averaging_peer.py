@@ -239,7 +239,10 @@ def run_hivemind(codec: str, index: int, num_peers: int, num_parameters: int, fo
         watch = Stopwatch()
         step = averager.step(gather=index, timeout=STEP_TIMEOUT_S, wait=False)
         met_s = watch_step(step, hivemind.averaging.control.AveragingStage.RUNNING_ALLREDUCE)
-        group = step.result()
+        try:
+            group = step.result()
+        except hivemind.averaging.partition.AllreduceException:  # it found no group in time: a round to play again
+            group = {}
         watch.lap("all-reduce")
         share("end")
         watch.stop()

@@ -18,12 +18,13 @@ The interface is `Codec` in protocol.codecs.payload. Nothing here imports torch,
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import lru_cache
 
 from protocol.codecs.float16 import Float16Codec
 from protocol.codecs.float32 import Float32Codec
 from protocol.codecs.int2 import Int2Codec
 from protocol.codecs.integer import Int4Codec, Int8Codec
-from protocol.codecs.payload import Codec, PayloadHeader, PayloadSummary, PiecewiseCodec
+from protocol.codecs.payload import Codec, Options, PayloadHeader, PayloadSummary, PiecewiseCodec
 from protocol.codecs.sign import SignCodec
 from protocol.codecs.sparse import SparseCodec
 from protocol.errors import ConfigError, PayloadError
@@ -54,14 +55,19 @@ def get_codec(name: str, options: Mapping[str, int | float] | None = None) -> Co
 def codec_of(payload: bytes) -> Codec:
     """The codec, with its options, that a payload's header names. Raises PayloadError when there is no such codec."""
     header = PayloadHeader.from_bytes(payload)
-    codec = _BY_ID.get(header.codec_id)
+    return _make_codec(header.codec_id, header.options)
+
+
+@lru_cache(maxsize=64)
+def _make_codec(codec_id: int, options: Options) -> Codec:
+    codec = _BY_ID.get(codec_id)
     if codec is None:
-        raise PayloadError(f"the payload names codec {header.codec_id}, which this program does not know")
+        raise PayloadError(f"the payload names codec {codec_id}, which this program does not know")
     names = _option_names(codec)
-    if any(header.options[len(names) :]):
+    if any(options[len(names) :]):
         raise PayloadError(f"the payload holds options that the codec {codec.name} does not have")
     try:
-        return codec(**dict(zip(names, header.options, strict=False)))
+        return codec(**dict(zip(names, options, strict=False)))
     except ConfigError as error:
         raise PayloadError(f"the payload's options: {error}") from error
 

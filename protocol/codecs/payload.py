@@ -17,6 +17,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -80,17 +81,22 @@ class PayloadHeader:
         """Parse the first 28 bytes. Raises PayloadError unless magic and version are ours."""
         if len(payload) < HEADER_BYTES:
             raise PayloadError(f"a payload of {len(payload)} bytes is shorter than its {HEADER_BYTES}-byte header")
-        magic, version, codec_id, exponent, num_parameters, *options = _HEADER.unpack_from(payload)
-        if magic != MAGIC:
-            raise PayloadError("not a payload: the magic bytes are wrong")
-        if version != VERSION:
-            raise PayloadError(f"payload version {version}; this program reads version {VERSION}")
-        return cls(
-            codec_id=codec_id,
-            exponent=exponent,
-            num_parameters=num_parameters,
-            options=(options[0], options[1], options[2]),
-        )
+        return _parse_header(payload[:HEADER_BYTES])
+
+
+@lru_cache(maxsize=64)
+def _parse_header(header: bytes) -> PayloadHeader:
+    magic, version, codec_id, exponent, num_parameters, *options = _HEADER.unpack(header)
+    if magic != MAGIC:
+        raise PayloadError("not a payload: the magic bytes are wrong")
+    if version != VERSION:
+        raise PayloadError(f"payload version {version}; this program reads version {VERSION}")
+    return PayloadHeader(
+        codec_id=codec_id,
+        exponent=exponent,
+        num_parameters=num_parameters,
+        options=(options[0], options[1], options[2]),
+    )
 
 
 class Codec(Protocol):
@@ -161,8 +167,7 @@ class PiecewiseCodec(ABC):
     @property
     def options(self) -> Options:
         """The options as they stand in the header."""
-        values = [*astuple(self), 0, 0, 0]  # type: ignore[call-overload]  # every subclass is a dataclass
-        return values[0], values[1], values[2]
+        return _options_of(self)
 
     def decode(self, payload: bytes, num_parameters: int) -> Vector:
         pieces = self.pieces(payload, num_parameters)
@@ -181,7 +186,7 @@ class PiecewiseCodec(ABC):
         square, num_values = 0.0, 0
         for piece in self.pieces(payload, num_parameters):
             wide = piece.values.astype(np.float64)
-            square += float(wide @ wide)
+            square += float(np.square(wide, out=wide).sum())  # a product of vectors would wake BLAS's threads
             num_values += wide.size
         return PayloadSummary(codec=self.name, norm=square**0.5, num_values=num_values)
 
@@ -200,6 +205,12 @@ class PiecewiseCodec(ABC):
         return PayloadHeader(
             codec_id=self.codec_id, exponent=exponent, num_parameters=num_parameters, options=self.options
         ).to_bytes()
+
+
+@lru_cache(maxsize=64)
+def _options_of(codec: PiecewiseCodec) -> Options:
+    values = [*astuple(codec), 0, 0, 0]  # type: ignore[call-overload]  # every subclass is a dataclass
+    return values[0], values[1], values[2]
 
 
 def check_vector(vector: Vector) -> None:
@@ -226,6 +237,11 @@ def within(values: Vector, limit: float) -> bool:
     """Whether all values lie in [-limit, limit]; NaN does not. Contiguous float32, limit above zero."""
     # Without the sign bit floats are ordered as integers are, and a bitwise or is at least each of its operands.
     bits = int(np.bitwise_or.reduce(values.view(np.uint32), axis=None)) & 0x7FFF_FFFF
-    if bits <= int(np.float32(limit).view(np.uint32)):
+    if bits <= _bits_of(limit):
         return True
     return bool(values.min() >= -limit) and bool(values.max() <= limit)
+
+
+@lru_cache(maxsize=64)
+def _bits_of(limit: float) -> int:
+    return int(np.float32(limit).view(np.uint32))

@@ -49,7 +49,8 @@ _RESHAPING = (
     torch.ops.aten.expand.default,
 )
 
-Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # parameters (P, D), rows (P, B, C) -> gradients, losses (P,)
+# parameters (P, D), rows (P, B, C) -> gradients (P, D) or columns of them, losses (P,)
+Step = Callable[[Tensor, Tensor], tuple[Tensor | Sequence[Tensor], Tensor]]
 
 
 class BatchedBackend:
@@ -66,6 +67,7 @@ class BatchedBackend:
         self._vmapped = _batch_step(problem, model)
         self._recorded: dict[int, Step] = {}
         self._can_record = True
+        self._gradients = torch.empty(0)
         self._num_parameters = count_parameters(model)
         self._optimizer = StackedOptimizer(problem.optimizer, model, problem.spec.train)
         self._states = PeerVectors(self._optimizer.state_size)
@@ -143,6 +145,10 @@ class BatchedBackend:
         if self._can_record and size not in self._recorded:
             self._record(size, parameters, rows)
         gradients, losses = self._recorded.get(size, self._vmapped)(parameters, rows)
+        if not isinstance(gradients, Tensor):  # put together in memory that is there: new memory would cost more
+            if len(self._gradients) < size:
+                self._gradients = parameters.new_empty(parameters.shape)
+            gradients = torch.cat(list(gradients), dim=1, out=self._gradients[:size])
         return gradients[:active], losses[:active]
 
     def _record(self, size: int, parameters: Tensor, rows: Tensor) -> None:
@@ -159,7 +165,7 @@ class BatchedBackend:
         finally:
             logger.setLevel(level)
         _simplify(record)
-        self._recorded[size] = record
+        self._recorded[size] = record.forward  # without the checks of a module
 
     def _gather_rows(self, jobs: Sequence[Job]) -> Tensor:
         """int32 (P, S, B, C), some of them never used: where a peer has no step to make, and what `_pad` adds."""
@@ -245,13 +251,17 @@ def _batch_step(problem: Problem, model: nn.Module) -> Step:
 
 
 def _simplify(record: GraphModule) -> None:
-    """Take out the operations that give what they are given; vmap leaves many."""
+    """Take out the operations that give what they are given; vmap leaves many. Leave the gradients in their parts."""
     for node in record.graph.nodes:
         if node.target not in _RESHAPING:
             continue
         given = node.args[0].meta.get("tensor_meta")
         if given is not None and given.shape == node.meta["tensor_meta"].shape:
             node.replace_all_uses_with(node.args[0])
+    output = next(node for node in record.graph.nodes if node.op == "output")
+    gradients, losses = output.args[0]
+    if gradients.target is torch.ops.aten.cat.default:
+        output.args = ((gradients.args[0], losses),)
     record.graph.eliminate_dead_code()
     record.recompile()
 

@@ -1,7 +1,7 @@
-"""What must be kept for every peer, in temporary files: a simulation's memory grows with the chunk, not with the peers.
+"""What must be kept for every peer: in memory while it is little, then in temporary files.
 
-A file begins in memory and moves to the disk when it has grown. It is read and written, not mapped: pages of a map
-count as the process's own memory until the system takes them back. Where the temporary folder lies in memory itself
+So a simulation's memory grows with the chunk, not with the peers. A file is read and written, not mapped: pages of a
+map count as the process's own memory until the system takes them back. Where the temporary folder lies in memory itself
 (tmpfs), point TMPDIR at a disk. Both stores can be pickled, with all that is in them.
 
 Shape letters: P peers, W values a peer.
@@ -11,7 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,32 @@ from numpy.typing import NDArray
 from protocol.exchange.store import naming_full_disks
 
 Rows = NDArray[np.float32]
-_MEMORY_BYTES = 1 << 26  # of one file
+_MEMORY_BYTES = 1 << 26  # of one store, before it goes to a file
+
+
+class _Spill:
+    """A temporary file, there from the first write on."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Raises DiskFullError."""
+        with naming_full_disks(Path(tempfile.gettempdir())):
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as self
+                weakref.finalize(self, self._file.close)
+            self._file.seek(offset)
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) :]
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if self._file is None:
+            raise ValueError("nothing was written")
+        self._file.seek(offset)
+        while buffer:
+            buffer = buffer[self._file.readinto(buffer) :]  # type: ignore[attr-defined]  # a FileIO
 
 
 class PeerVectors:
@@ -27,9 +52,9 @@ class PeerVectors:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._file = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES)  # noqa: SIM115  # open as long as self
-        self._folder = Path(tempfile.gettempdir())
-        weakref.finalize(self, self._file.close)
+        self._rows = np.empty((0, width), np.float32)  # the first slots
+        self._most_rows = _MEMORY_BYTES // (4 * width) if width else 0
+        self._spill = _Spill()  # the others
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
 
@@ -40,19 +65,24 @@ class PeerVectors:
     def read(self, peers: Sequence[str]) -> Rows:
         """float32 (P, W), the caller's own."""
         rows = np.zeros((len(peers), self._width), np.float32)
-        for peer, row in zip(peers, rows, strict=True):
+        for place, peer in enumerate(peers):
             slot = self._slots.get(peer)
-            if slot is not None:
-                self._file.seek(4 * self._width * slot)
-                self._file.readinto(row.data)
+            if slot is None:
+                continue
+            if slot < self._most_rows:
+                rows[place] = self._rows[slot]
+            else:
+                self._spill.read_into(self._offset(slot), rows[place].data.cast("B"))
         return rows
 
     def write(self, peers: Sequence[str], rows: Rows) -> None:
         """Keep rows (P, W). Raises DiskFullError."""
-        with naming_full_disks(self._folder):
-            for peer, row in zip(peers, rows, strict=True):
-                self._file.seek(4 * self._width * self._slot(peer))
-                self._file.write(row.data)
+        for peer, row in zip(peers, rows, strict=True):
+            slot = self._slot(peer)
+            if slot < self._most_rows:
+                self._rows[slot] = row
+            else:
+                self._spill.write(self._offset(slot), row.data.cast("B"))
 
     def clear(self, peer: str) -> None:
         """The peer's vector is zeros again; its place is given to others."""
@@ -64,7 +94,14 @@ class PeerVectors:
         slot = self._slots.get(peer)
         if slot is None:
             slot = self._slots[peer] = self._free.pop() if self._free else len(self._slots)
+            if len(self._rows) <= slot < self._most_rows:
+                more = np.empty((min(self._most_rows, 2 * slot + 16), self._width), np.float32)
+                more[: len(self._rows)] = self._rows
+                self._rows = more
         return slot
+
+    def _offset(self, slot: int) -> int:
+        return 4 * self._width * (slot - self._most_rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"width": self._width, "rows": {peer: self.read([peer])[0] for peer in self._slots}}
@@ -79,34 +116,39 @@ class PayloadSpool:
     """The payloads of a round, by hash."""
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES)  # noqa: SIM115  # open as long as self
-        self._folder = Path(tempfile.gettempdir())
-        weakref.finalize(self, self._file.close)
-        self._places: dict[str, tuple[int, int]] = {}
-        self._end = 0
+        self.clear()
 
     def add(self, payload_hash: str, payload: bytes) -> None:
         """Raises DiskFullError."""
-        if payload_hash in self._places:
+        if payload_hash in self._held or payload_hash in self._places:
             return
-        with naming_full_disks(self._folder):
-            self._file.seek(self._end)
-            self._file.write(payload)
+        if self._held_bytes + len(payload) <= _MEMORY_BYTES:
+            self._held[payload_hash] = payload
+            self._held_bytes += len(payload)
+            return
+        self._spill.write(self._end, payload)
         self._places[payload_hash] = (self._end, len(payload))
         self._end += len(payload)
 
     def read(self, payload_hash: str) -> bytes:
         """Raises KeyError for a payload that is not there."""
+        held = self._held.get(payload_hash)
+        if held is not None:
+            return held
         offset, size = self._places[payload_hash]
-        self._file.seek(offset)
-        return self._file.read(size)
+        payload = bytearray(size)
+        self._spill.read_into(offset, memoryview(payload))
+        return bytes(payload)
 
     def clear(self) -> None:
-        self._places.clear()
+        self._held: dict[str, bytes] = {}
+        self._held_bytes = 0
+        self._spill = _Spill()
+        self._places: dict[str, tuple[int, int]] = {}
         self._end = 0
 
     def __getstate__(self) -> dict[str, bytes]:
-        return {payload_hash: self.read(payload_hash) for payload_hash in self._places}
+        return {payload_hash: self.read(payload_hash) for payload_hash in (*self._held, *self._places)}
 
     def __setstate__(self, payloads: dict[str, bytes]) -> None:
         PayloadSpool.__init__(self)
