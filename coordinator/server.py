@@ -144,6 +144,7 @@ class Server:
                     "role": peer.role,
                     "device": peer.device,
                     "status": peer.status.value,
+                    "pause_reason": peer.pause_reason,
                     "steps_per_s": round(peer.steps_per_s, 3),
                     "upload_bps": round(peer.upload_bps),
                     "download_bps": round(peer.download_bps),

@@ -202,6 +202,12 @@ class CoordinatorService(CoordinatorServiceServicer):
                         download_bps=_finite(message.state.download_bps),
                     )
                 )
+            case "availability":
+                self._engine.submit(
+                    ev.AvailabilityReported(
+                        peer=session.peer, pause_reason=_word(message.availability.pause_reason)
+                    )
+                )
             case "lease_return":
                 self._engine.submit(
                     ev.LeaseReturned(
@@ -411,6 +417,12 @@ def _hash_or_none(text: str) -> str | None:
     if text and not re.fullmatch(r"[0-9a-f]{64}", text):
         raise VerificationError("not a SHA-256 in hex")
     return text or None
+
+
+def _word(text: str) -> str:
+    if not re.fullmatch(r"[a-z_]{0,32}", text):
+        raise VerificationError("not a word")
+    return text
 
 
 def _limited(text: str, most: int) -> str:

@@ -48,7 +48,7 @@ def render_status(status: dict[str, Any]) -> None:
         table.add_row(
             peer["name"],
             peer["role"],
-            peer["status"],
+            f"paused: {peer['pause_reason']}" if peer["pause_reason"] else peer["status"],
             f"{peer['steps_per_s']:.2f}",
             f"{peer['credited_tokens']:,}",
             str(peer["accepted"]),

@@ -54,6 +54,15 @@ class StateReported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AvailabilityReported:
+    """A worker pauses, and why, or takes leases again: then the reason is empty."""
+
+    peer: str
+    pause_reason: str
+    kind: Literal["availability_reported"] = "availability_reported"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseReturned:
     peer: str
     lease_id: int
@@ -145,6 +154,7 @@ Event = (
     | PeerJoined
     | PeerLeft
     | StateReported
+    | AvailabilityReported
     | LeaseReturned
     | ContributionCommitted
     | PayloadChecked

@@ -13,7 +13,7 @@ from typing import Any
 from coordinator.core import contributions, groups, leases, peers, rounds
 from coordinator.core import events as ev
 from coordinator.core.effects import AnnouncePhase, CheckPayload, Effect, RecordEvaluation
-from coordinator.core.state import LeaseStatus, PeerStatus, Phase, ShardPool, State
+from coordinator.core.state import LeaseStatus, Peer, PeerStatus, Phase, ShardPool, State
 from protocol.run_spec import RunSpec
 
 
@@ -45,12 +45,14 @@ def handle(state: State, event: ev.Event, now_s: float) -> list[Effect]:
 
 def describe_phase(state: State) -> str:
     """Why the run stands where it stands, in words."""
-    num_workers = sum(p.status is not PeerStatus.GONE and p.role == "worker" for p in state.peers.values())
+    here = [peer for peer in state.peers.values() if peer.status is not PeerStatus.GONE and peer.role == "worker"]
+    num_workers, num_paused = len(here), sum(bool(peer.pause_reason) for peer in here)
+    but = f"; {num_paused} paused" if num_paused else ""
     match state.phase:
         case Phase.WAITING_FOR_PEERS:
-            return f"{num_workers} of {state.spec.round.min_peers} workers have joined"
+            return f"{num_workers} of {state.spec.round.min_peers} workers have joined{but}"
         case Phase.WARMUP:
-            return f"{_count_holders(state)} of {state.spec.round.min_peers} workers hold the state"
+            return f"{_count_holders(state)} of {state.spec.round.min_peers} workers hold the state{but}"
         case Phase.TRAIN if state.round is not None and state.round.groups:
             merged = sum(group.merged is not None for group in state.round.groups)
             return f"round {state.rounds_merged}: {merged} of {len(state.round.groups)} groups are merged"
@@ -106,13 +108,17 @@ def _advance(state: State, now_s: float) -> list[Effect]:
 
 
 def _has_enough(state: State, peer_ids: Collection[str]) -> bool:
-    """Whether so many of these are workers, and here, that a round can open. Looks no further than it must."""
+    """Whether so many of these are workers that take leases that a round can open. Looks no further than it must."""
     wanted = state.spec.round.min_peers
     if len(peer_ids) < wanted:
         return False
     some = (state.peers[peer_id] for peer_id in peer_ids)
-    here = (peer for peer in some if peer.role == "worker" and peer.status is not PeerStatus.GONE)
+    here = (peer for peer in some if _takes_leases(peer))
     return sum(1 for _ in islice(here, wanted)) == wanted
+
+
+def _takes_leases(peer: Peer) -> bool:
+    return peer.role == "worker" and peer.status is not PeerStatus.GONE and not peer.pause_reason
 
 
 def _end_wait(state: State, now_s: float) -> bool:
@@ -130,7 +136,7 @@ def _end_wait(state: State, now_s: float) -> bool:
 
 def _is_merging(state: State) -> bool:
     """Whether a worker is awaited; or the validator, when the workers disagree about the new state."""
-    if any(state.peers[peer_id].role == "worker" for peer_id in state.awaited):
+    if any(_takes_leases(state.peers[peer_id]) for peer_id in state.awaited):
         return True
     return bool(state.awaited) and len(set(state.reports.values())) > 1
 
@@ -186,6 +192,7 @@ _HANDLERS: dict[type, Callable[[State, Any, float], list[Effect]]] = {
     ev.PeerJoined: peers.join,
     ev.PeerLeft: peers.leave,
     ev.StateReported: peers.report_state,
+    ev.AvailabilityReported: peers.report_availability,
     ev.LeaseReturned: _return_lease,
     ev.ContributionCommitted: _commit,
     ev.PayloadChecked: _check,

@@ -75,6 +75,7 @@ def join(state: State, event: ev.PeerJoined, now_s: float) -> list[Effect]:
             name=event.name, device=event.device, role=event.role, token_id=event.token_id
         )
     known.name, known.device, known.token_id, known.role = event.name, event.device, event.token_id, event.role
+    known.pause_reason = ""
     _drop_report(state, event.peer, PeerStatus.SYNCING)
     _restore_lease(state, event)
     return groups.order_again(state, event.peer, now_s)
@@ -102,11 +103,19 @@ def leave(state: State, event: ev.PeerLeft, now_s: float) -> list[Effect]:
     """The round no longer waits for the peer. What it carried is its own until the next round opens without it."""
     if event.peer not in state.peers:
         return []
+    state.peers[event.peer].pause_reason = ""
     _drop_report(state, event.peer, PeerStatus.GONE)
     lease = state.round.leases.get(event.peer) if state.round else None
     if state.round is not None and lease is not None and lease.status is LeaseStatus.OPEN:
         leases.set_status(state.round, lease, LeaseStatus.AWAY)
     return groups.leave(state, event.peer, now_s)
+
+
+def report_availability(state: State, event: ev.AvailabilityReported, _: float) -> list[Effect]:
+    """A paused worker gets no leases, and no round waits for it to merge. A lease that it holds is its own to return."""
+    if event.peer in state.peers:
+        state.peers[event.peer].pause_reason = event.pause_reason
+    return []
 
 
 def report_state(state: State, event: ev.StateReported, _: float) -> list[Effect]:

@@ -21,12 +21,15 @@ AHEAD_FACTOR = 2
 
 
 def open_round(state: State, base_digest: str, now_s: float) -> list[Effect]:
-    """Lease work to the workers that hold `base_digest`, of which there must be one. What the gone carried is free."""
+    """Lease work to the workers that hold `base_digest` and are not paused, of which there must be one.
+
+    What the gone carried is free.
+    """
     for peer in state.peers.values():
         if peer.status is PeerStatus.GONE and peer.carried:
             leases.release_carried(state.pool, peer)
     holders = sorted(peer for peer, digest in state.reports.items() if digest == base_digest)
-    workers = [peer for peer in holders if state.peers[peer].role == "worker"]
+    workers = [peer for peer in holders if state.peers[peer].role == "worker" and not state.peers[peer].pause_reason]
     plan = plan_round(state, workers)
     expected_s, shards = leases.plan_leases(state, workers, plan.inner_steps)
     contributors = choose_contributors(state, shards)

@@ -52,6 +52,7 @@ class Peer:
     role: str
     token_id: str
     status: PeerStatus = PeerStatus.SYNCING
+    pause_reason: str = ""  # why it takes no leases for now; empty: it does
     steps_per_s: float = 0.0
     observed: bool = False  # False: steps_per_s is only what the peer claimed
     upload_bps: float = 0.0  # bits a second, as the coordinator saw it; 0: not yet

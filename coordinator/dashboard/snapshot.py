@@ -104,7 +104,7 @@ def _describe_peer(peer: Mapping[str, Any]) -> PeerRow:
     return PeerRow(
         name=peer["name"] or peer["peer"][-8:],
         role=peer["role"],
-        status=peer["status"],
+        status=f"paused: {peer['pause_reason'].replace('_', ' ')}" if peer["pause_reason"] else peer["status"],
         activity=peer["activity"][:MAX_ACTIVITY_CHARS] or UNKNOWN,
         device=peer["device"] or UNKNOWN,
         steps_per_s=f"{peer['steps_per_s']:.1f}" if peer["steps_per_s"] else UNKNOWN,

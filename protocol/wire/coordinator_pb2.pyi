@@ -59,6 +59,7 @@ class PeerMessage(_message.Message):
     EVALUATION_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
     GROUP_MERGED_FIELD_NUMBER: _builtins.int
+    AVAILABILITY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def join_request(self) -> Global___SignedDocument: ...
     @_builtins.property
@@ -75,6 +76,8 @@ class PeerMessage(_message.Message):
     def leaving(self) -> Global___Leaving: ...
     @_builtins.property
     def group_merged(self) -> Global___GroupMerged: ...
+    @_builtins.property
+    def availability(self) -> Global___Availability: ...
     def __init__(
         self,
         *,
@@ -86,12 +89,13 @@ class PeerMessage(_message.Message):
         evaluation: Global___SignedDocument | None = ...,
         leaving: Global___Leaving | None = ...,
         group_merged: Global___GroupMerged | None = ...,
+        availability: Global___Availability | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "evaluation", b"evaluation", "group_merged", b"group_merged", "heartbeat", b"heartbeat", "join_request", b"join_request", "lease_return", b"lease_return", "leaving", b"leaving", "message", b"message", "state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["availability", b"availability", "contribution", b"contribution", "evaluation", b"evaluation", "group_merged", b"group_merged", "heartbeat", b"heartbeat", "join_request", b"join_request", "lease_return", b"lease_return", "leaving", b"leaving", "message", b"message", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "evaluation", b"evaluation", "group_merged", b"group_merged", "heartbeat", b"heartbeat", "join_request", b"join_request", "lease_return", b"lease_return", "leaving", b"leaving", "message", b"message", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["availability", b"availability", "contribution", b"contribution", "evaluation", b"evaluation", "group_merged", b"group_merged", "heartbeat", b"heartbeat", "join_request", b"join_request", "lease_return", b"lease_return", "leaving", b"leaving", "message", b"message", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join_request", "heartbeat", "contribution", "state", "lease_return", "evaluation", "leaving", "group_merged"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["join_request", "heartbeat", "contribution", "state", "lease_return", "evaluation", "leaving", "group_merged", "availability"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -170,6 +174,28 @@ class StateReport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StateReport: _TypeAlias = StateReport  # noqa: Y015
+
+@_typing.final
+class Availability(_message.Message):
+    """Whether the peer takes leases: said when it changes, and after a join."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAUSE_REASON_FIELD_NUMBER: _builtins.int
+    pause_reason: _builtins.str
+    """empty: it does"""
+    def __init__(
+        self,
+        *,
+        pause_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pause_reason", b"pause_reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Availability: _TypeAlias = Availability  # noqa: Y015
 
 @_typing.final
 class LeaseReturn(_message.Message):

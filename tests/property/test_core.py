@@ -126,7 +126,8 @@ class Core(RuleBasedStateMachine):
 
     def check_opening(self, round_: Round, grants: dict[str, fx.GrantLease]) -> None:
         state, spec = self.run.state, self.run.spec
-        holders = [name for name in state.reports if state.peers[name].role == "worker"]
+        workers = [name for name in state.reports if state.peers[name].role == "worker"]
+        holders = [name for name in workers if not state.peers[name].pause_reason]
         assert not state.paused
         assert len(holders) >= spec.round.min_peers
         assert set(state.reports.values()) == {round_.base_digest}
@@ -190,6 +191,10 @@ class Core(RuleBasedStateMachine):
     @rule(name=NAMES)
     def leave(self, name: str) -> None:
         self.send(ev.PeerLeft(peer=name, reason="gone"))
+
+    @rule(name=NAMES, reason=st.sampled_from(["", "", "battery"]))
+    def say_availability(self, name: str, reason: str) -> None:
+        self.send(ev.AvailabilityReported(peer=name, pause_reason=reason))
 
     @rule(name=NAMES, speed=SPEEDS, shift=st.sampled_from([0, 0, 0, -1, 1, 2**60]), right=st.sampled_from([1, 1, 1, 0]))
     def report(self, name: str, speed: float, shift: int, right: int) -> None:
@@ -405,7 +410,8 @@ class Core(RuleBasedStateMachine):
     def nobody_waits_for_nothing(self) -> None:
         """A run that could go on is either going on or has a deadline at which it will."""
         state = self.run.state
-        holders = sum(state.peers[name].role == "worker" for name in state.reports)
+        reporting = (state.peers[name] for name in state.reports)
+        holders = sum(peer.role == "worker" and not peer.pause_reason for peer in reporting)
         if state.round is None and not state.paused and holders >= self.run.spec.round.min_peers:
             assert state.phase is Phase.FINISHED or machine.next_deadline(state) is not None
 

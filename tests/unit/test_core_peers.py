@@ -339,3 +339,49 @@ def test_phase_is_described_in_words_when_asked(phase: Phase) -> None:
     run = start("ann")
     run.state.phase = phase
     assert machine.describe_phase(run.state)
+
+
+# ---- pausing workers
+
+
+def pause(run: CoreRun, name: str, reason: str = "battery") -> None:
+    run.send(ev.AvailabilityReported(peer=name, pause_reason=reason))
+
+
+def test_paused_worker_gets_no_lease_and_is_not_waited_for() -> None:
+    run = start("ann", "bob", min_peers=1)
+    merge_one_round(run)
+    pause(run, "bob")
+    run.report("ann")
+    assert run.state.phase is Phase.TRAIN
+    assert [grant.peer for grant in run.find(fx.GrantLease)] == ["ann"]
+
+
+def test_round_waits_until_enough_workers_take_leases_again() -> None:
+    run = start("ann", "bob")
+    merge_one_round(run)
+    pause(run, "bob")
+    run.report("ann", "bob")
+    assert run.state.round is None
+    assert machine.describe_phase(run.state) == "2 of 2 workers have joined; 1 paused"
+    pause(run, "bob", "")
+    assert {grant.peer for grant in run.find(fx.GrantLease)} == {"ann", "bob"}
+
+
+def test_paused_worker_keeps_its_lease_until_it_returns_it() -> None:
+    run = start("ann", "bob")
+    lease = run.granted["bob"]
+    pause(run, "bob")
+    run.contribute("ann")
+    assert run.state.round is not None
+    run.send(ev.LeaseReturned(peer="bob", lease_id=lease.lease_id, reason="paused: battery"))
+    assert run.state.round is None
+    assert run.closed[-1].leased_peers == 2
+    assert run.peer("bob").refused == 0
+
+
+def test_worker_that_joins_anew_is_not_paused() -> None:
+    run = start("ann", "bob")
+    pause(run, "bob")
+    run.join("bob")
+    assert run.peer("bob").pause_reason == ""
