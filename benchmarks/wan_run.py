@@ -89,7 +89,7 @@ class Run:
         for name, behind_nat in workers.items():
             home = self._folder / name
             worker = Worker(name=name, host=self._network.add_worker(name, behind_nat=behind_nat), home=home)
-            options = ["--name", name, "--home", home, "--threads", "1", "--json"]
+            options = ["--name", name, "--home", home, "--threads", "1", "--json", "--always"]
             self._spawn(name, worker.host, ["worker", "start", invite, *options])
             self.workers.append(worker)
 

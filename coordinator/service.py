@@ -26,6 +26,7 @@ from coordinator.sessions import PeerSession, Sessions
 from coordinator.storage.database import Database
 from protocol.codecs import get_codec
 from protocol.documents import (
+    OLDEST_PROTOCOL_VERSION,
     PROTOCOL_VERSION,
     Contribution,
     EvaluationReport,
@@ -135,10 +136,10 @@ class CoordinatorService(CoordinatorServiceServicer):
         join = open_signed(signed, JoinRequest, run_id=self._run.run_id)
         if not hmac.compare_digest(join.nonce, nonce):
             raise VerificationError("the join request answers another challenge")
-        if join.protocol_version != PROTOCOL_VERSION:
+        if not OLDEST_PROTOCOL_VERSION <= join.protocol_version <= PROTOCOL_VERSION:
             raise VerificationError(
-                f"this run speaks protocol version {PROTOCOL_VERSION}, the worker {join.protocol_version}; "
-                "`pip install --upgrade manyhands`"
+                f"this run speaks protocol versions {OLDEST_PROTOCOL_VERSION} to {PROTOCOL_VERSION}, the worker "
+                f"{join.protocol_version}; `pip install --upgrade manyhands`"
             )
         invite, issuer = decode_invite(join.invite, now_unix_s=time.time())
         if issuer != self._public_key or invite.run_id != self._run.run_id:

@@ -18,7 +18,8 @@ from protocol.identity import Identity, peer_id_of
 from protocol.run_spec import RunSpec
 from protocol.signing import Signed, canonical_json
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2  # 2: workers say when they pause
+OLDEST_PROTOCOL_VERSION = 1  # that is still spoken
 MAX_DOCUMENT_BYTES = 1 << 20
 TLS_NAME = "manyhands.coordinator"  # the name in the certificate; the pinned key is what is trusted
 

@@ -70,7 +70,7 @@ class Demo:
 
     def start_worker(self, name: str, throttle: float) -> None:
         home = self.worker_home(name)
-        command = ["worker", "start", self.invite, "--name", name, "--home", str(home), "--loopback"]
+        command = ["worker", "start", self.invite, "--name", name, "--home", str(home), "--loopback", "--always"]
         self._spawn(name, [*command, "--threads", "1", "--throttle", str(throttle)], stdout=subprocess.DEVNULL)
 
     def kill_worker(self, name: str) -> None:

@@ -183,11 +183,18 @@ def start_coordinator(
 
 @contextmanager
 def start_worker(
-    invite: str, home: Path, *, name: str | None = None, threads: int = 1, options: Sequence[str] = ()
+    invite: str,
+    home: Path,
+    *,
+    name: str | None = None,
+    threads: int = 1,
+    settings: Path | None = None,
+    options: Sequence[str] = (),
 ) -> Iterator[RunningWorker]:
-    """Start a worker on the loopback interface. Does not wait until it has joined."""
+    """Start a worker on the loopback interface, without settings one that never pauses. Does not wait till it joined."""
     name = name or home.name
     arguments = ["--home", str(home), "--name", name, "--threads", str(threads), "--loopback", "--json", *options]
+    arguments += ["--always"] if settings is None else ["--settings", str(settings)]
     with _start(["worker", "start", invite, *arguments], home) as running:
         yield RunningWorker(**vars(running), home=home, name=name)
 

@@ -5,51 +5,87 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protocol.errors import ConfigError, InviteError
+from protocol.errors import ConfigError, InviteError, ManyhandsError
+from worker.governor import commands as governor
+
+if TYPE_CHECKING:
+    from worker.home import RunHome
 
 app = typer.Typer(help="Lend this machine to a run.", no_args_is_help=True)
 
+InviteArgument = Annotated[str, typer.Argument(help="The invite, or a file that holds it.")]
+RunArgument = Annotated[str | None, typer.Argument(help="One of several runs: its name, or how its id begins.")]
+NameOption = Annotated[str | None, typer.Option(help="The name that the leaderboard shows.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core.")]
+ThrottleOption = Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the time to compute.")]
+SeedOption = Annotated[
+    bool,
+    typer.Option(
+        "--seed", help="Serve everybody's payloads: for machines with a public address and bandwidth to spare."
+    ),
+]
+AlwaysOption = Annotated[
+    bool, typer.Option("--always", help="Compute always: no settings, no sensors, no pauses. For servers and trials.")
+]
+SettingsOption = Annotated[
+    Path | None, typer.Option(help="The settings file; see `worker settings`. Default: the platform's place.")
+]
 HomeOption = Annotated[Path | None, typer.Option(help="Where the worker keeps its key and data.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 @app.command()
 def start(
-    invite: Annotated[str, typer.Argument(help="The invite, or a file that holds it.")],
-    name: Annotated[str | None, typer.Option(help="The name that the leaderboard shows.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core.")] = None,
-    throttle: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the time to compute.")] = 1.0,
+    invite: InviteArgument,
+    name: NameOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    throttle: ThrottleOption = 1.0,
     home: HomeOption = None,
     loopback: Annotated[bool, typer.Option("--loopback", help="Serve other workers on this machine only.")] = False,
-    seed: Annotated[
-        bool,
-        typer.Option(
-            "--seed", help="Serve everybody's payloads: for machines with a public address and bandwidth to spare."
-        ),
-    ] = False,
+    seed: SeedOption = False,
+    always: AlwaysOption = False,
+    settings: SettingsOption = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Compute in the background; return once joined.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Log to the file only; see `worker logs`.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Join a run and compute until Ctrl-C. All that a volunteer types is this and the invite.
+
+    It computes with what other programs leave over, and pauses when the settings say so: see `worker settings`.
 
     Examples:
 
       manyhands worker start mh1.Q2x…
 
       manyhands worker start mh1.Q2x… --name kitchen-laptop --throttle 0.5
-    """
-    from protocol.invite import decode_invite
-    from worker.home import RunHome, default_home
 
-    text = _read_invite(invite)
-    document, _ = decode_invite(text, now_unix_s=time.time())
-    run_home = RunHome(home or default_home(), document.run_id)
+      manyhands worker start mh1.Q2x… --detach        and then: manyhands worker status
+    """
+    text, run_home = _open_run(invite, home)
+    name = name or _default_name()
+    if detach:
+        options = _options(name, device, threads, throttle, seed, always, settings)
+        options += ["--loopback"] if loopback else []
+        _start_in_background(run_home, text, [*options, *_home_option(home)], home)
+        return
     run_home.lock()
+    from worker.logs import log_to_file
+
+    log_to_file(run_home.folder, quiet=quiet)
+    from worker.governor.preferences import default_path, load_preferences
+
+    preferences_path = None if always else settings or default_path()
+    if preferences_path is not None:
+        threads = threads or load_preferences(preferences_path).cpu_threads or None
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is loaded, below
     from worker.daemon import Worker, WorkerOptions
@@ -57,26 +93,39 @@ def start(
     from worker.live_view import LiveView
 
     set_threads(threads)
-    options = WorkerOptions(
-        name=name or _default_name(), device=device, throttle=throttle, public=not loopback, seed=seed
+    worker_options = WorkerOptions(
+        name=name,
+        device=device,
+        throttle=throttle,
+        preferences_path=preferences_path,
+        public=not loopback,
+        seed=seed,
     )
-    with LiveView(run_home, as_json=as_json) as view:
-        worker = Worker(text, run_home, options, on_status=view.update)
+    with _failures_logged(), LiveView(run_home, as_json=as_json) as view:
+        worker = Worker(text, run_home, worker_options, on_status=view.update)
         asyncio.run(_run_until_stopped(worker))
     view.summarize()
 
 
 @app.command()
-def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """What the workers on this machine are doing."""
-    from worker.home import default_home, is_running, list_runs
+def status(run: RunArgument = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """What the workers on this machine are doing.
+
+    Examples:
+
+      manyhands worker status
+
+      manyhands worker status my-run --json
+    """
+    from worker.background import find_runs, running_pid
+    from worker.home import default_home
     from worker.live_view import render_statuses
 
     statuses = []
-    for run in list_runs(home or default_home()):
-        state = run.read_status()
+    for found in find_runs(home or default_home(), run):
+        state = found.read_status()
         if state:
-            statuses.append({**state, "run_id": run.run_id, "running": is_running(state.get("pid"))})
+            statuses.append({**state, "run_id": found.run_id, "running": running_pid(found) is not None})
     if as_json:
         typer.echo(json.dumps(statuses))
     else:
@@ -84,21 +133,203 @@ def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def stop(home: HomeOption = None) -> None:
-    """Stop the workers on this machine; they hand their leases back first."""
-    from worker.home import default_home, is_running, list_runs
+def stop(run: RunArgument = None, home: HomeOption = None) -> None:
+    """Stop the workers on this machine, or that of one run; they hand their leases back first.
 
-    pids = [
-        int(str(s["pid"]))
-        for run in list_runs(home or default_home())
-        if is_running((s := run.read_status()).get("pid"))
-    ]
-    for pid in pids:
-        os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + 30.0
-    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    typer.echo(f"{len(pids)} stopped" if pids else "no worker runs here")
+    Examples:
+
+      manyhands worker stop
+
+      manyhands worker stop my-run
+    """
+    from worker.background import find_runs, stop_workers
+    from worker.home import default_home
+
+    stopped = stop_workers(find_runs(home or default_home(), run))
+    typer.echo(f"{len(stopped)} stopped" if stopped else "no worker runs here")
+
+
+@app.command()
+def logs(
+    run: RunArgument = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on showing what is written, until Ctrl-C.")
+    ] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many lines to begin with.")] = 50,
+    home: HomeOption = None,
+) -> None:
+    """Show what a worker wrote: when it joined, what it was refused, why it stopped.
+
+    Examples:
+
+      manyhands worker logs
+
+      manyhands worker logs my-run -f
+
+      manyhands worker logs --lines 500 | grep warning
+    """
+    from worker.background import find_one_run
+    from worker.home import default_home
+    from worker.logs import follow as follow_log
+    from worker.logs import is_terminal, render, tail
+
+    folder = find_one_run(home or default_home(), run).folder
+    colour = is_terminal()
+    try:
+        for line in follow_log(folder, lines) if follow else tail(folder, lines):
+            typer.echo(render(line, colour=colour))
+    except KeyboardInterrupt:
+        typer.echo()  # that is how following ends
+
+
+@app.command()
+def doctor(
+    invite: Annotated[
+        str | None, typer.Argument(help="An invite, or a file that holds one. Default: this machine alone.")
+    ] = None,
+    join: Annotated[
+        bool,
+        typer.Option(
+            "--join",
+            help="Join for some seconds, without taking work, to measure the run's model and the download. "
+            "A machine that is new to the run uses the invite once more.",
+        ),
+    ] = False,
+    page: Annotated[
+        str | None, typer.Option(help="The run's page, http://…, where it is not at the usual port.")
+    ] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at this machine and, with an invite, at the way to the coordinator; say what to do where something is amiss.
+
+    Nothing is written here. Ends with 1 when a problem keeps this machine from computing.
+
+    Examples:
+
+      manyhands worker doctor
+
+      manyhands worker doctor mh1.Q2x…
+
+      manyhands worker doctor mh1.Q2x… --join
+    """
+    text = _read_invite(invite) if invite is not None else None
+    if join and text is None:
+        raise ConfigError("--join needs an invite: `manyhands worker doctor INVITE --join`")
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is loaded, below
+    from rich.console import Console
+
+    from worker.device import set_threads
+    from worker.doctor.checkup import Checkup
+    from worker.doctor.findings import can_compute, render_json, show
+    from worker.home import default_home
+
+    set_threads(threads)
+    with Console(stderr=True).status("looking") as progress:
+        checkup = Checkup(
+            home=home or default_home(),
+            name=_default_name(),
+            device_name=device,
+            page=page,
+            join=join,
+            on_progress=progress.update,
+        )
+        chosen = checkup.look_at_machine()
+        if text is not None:
+            checkup.look_at_run(text, chosen)
+    if as_json:
+        typer.echo(render_json(checkup.findings))
+    else:
+        show(checkup.findings, Console())
+    if not can_compute(checkup.findings):
+        raise typer.Exit(1)
+
+
+app.command()(governor.pause)
+app.command()(governor.resume)
+app.command("set")(governor.set_)
+app.command()(governor.settings)
+
+
+@app.command("install-service")
+def install_service(
+    invite: InviteArgument,
+    name: NameOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    throttle: ThrottleOption = 1.0,
+    seed: SeedOption = False,
+    always: AlwaysOption = False,
+    settings: SettingsOption = None,
+    home: HomeOption = None,
+) -> None:
+    """Have this machine start the worker by itself: a systemd user unit, on macOS a launchd agent. Needs no root.
+
+    The unit is sandboxed, and computes with what other programs leave over. The invite is kept in a file that only you
+    can read.
+
+    Examples:
+
+      manyhands worker install-service mh1.Q2x…
+
+      manyhands worker install-service mh1.Q2x… --name attic-server --throttle 0.5
+
+      loginctl enable-linger        on Linux: compute also while nobody is logged in
+    """
+    from worker.background import running_pid, write_invite
+    from worker.service import install
+
+    text, run = _open_run(invite, home)
+    if running_pid(run) is not None:
+        raise ConfigError("a worker of this run is running already; `manyhands worker stop`, then install the service")
+    write_invite(run, text)
+    service = install(run, _options(name or _default_name(), device, threads, throttle, seed, always, settings))
+    typer.echo(f"{service.name} is enabled and started ({service.path}); `manyhands worker status` shows what it does")
+    if service.path.suffix == ".service":
+        typer.echo("`loginctl enable-linger` lets it compute while you are not logged in")
+
+
+@app.command()
+def uninstall(
+    run: Annotated[str | None, typer.Argument(help="How the id of one of several runs begins.")] = None,
+    purge: Annotated[bool, typer.Option("--purge", help="Remove data, logs, settings and the key, too.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: HomeOption = None,
+) -> None:
+    """Stop and remove what `install-service` wrote; with --purge also everything that workers wrote on this machine.
+
+    Credit belongs to the key: once that is gone, nobody can add to it.
+
+    Examples:
+
+      manyhands worker uninstall
+
+      manyhands worker uninstall 1f2e3d4c
+
+      manyhands worker uninstall --purge --yes
+    """
+    from worker.home import default_home
+    from worker.service import find_services
+    from worker.service import uninstall as remove
+
+    if purge and run is not None:
+        raise ConfigError("--purge removes what all runs share; leave the run out")
+    services = find_services(run)
+    if run is not None and not services:
+        raise ConfigError(f"no service of a run {run!r} is installed here; `manyhands worker uninstall` removes all")
+    homes = [home] if home is not None else sorted({default_home(), *(service.home for service in services)})
+    if purge and not yes:
+        _confirm_purge(homes)
+    for service in services:
+        remove(service)
+        typer.echo(f"removed {service.path}")
+    if not services:
+        typer.echo("no service is installed here")
+    if purge:
+        _purge(homes)
 
 
 @app.command("initialize-model", hidden=True)
@@ -126,6 +357,87 @@ def validate(
     set_threads(1)
     validator = Validator(_read_invite(str(invite_path)), home, blobs, checkpoints)
     asyncio.run(_run_until_stopped(validator))
+
+
+def _open_run(invite: str, home: Path | None) -> "tuple[str, RunHome]":
+    """The invite's text, and where its run lives on this machine. Raises InviteError."""
+    from protocol.invite import decode_invite
+    from worker.home import RunHome, default_home
+
+    text = _read_invite(invite)
+    document, _ = decode_invite(text, now_unix_s=time.time())
+    return text, RunHome((home or default_home()).absolute(), document.run_id)
+
+
+def _options(
+    name: str,
+    device: str,
+    threads: int | None,
+    throttle: float,
+    seed: bool,
+    always: bool,
+    settings: Path | None,
+) -> list[str]:
+    """The options of another `worker start` that does the same."""
+    options = ["--name", name, "--device", device, "--throttle", str(throttle)]
+    options += ["--threads", str(threads)] if threads is not None else []
+    options += ["--settings", str(settings.absolute())] if settings is not None else []
+    options += ["--seed"] if seed else []
+    return [*options, "--always"] if always else options
+
+
+def _home_option(home: Path | None) -> list[str]:
+    return ["--home", str(home.absolute())] if home is not None else []
+
+
+def _start_in_background(run: "RunHome", invite_text: str, options: Sequence[str], home: Path | None) -> None:
+    import shlex
+
+    from worker.background import start_in_background
+
+    pid = start_in_background(run, invite_text, options)
+    more = shlex.join(["", *_home_option(home)]).removeprefix("''")
+    see = ", ".join(f"`manyhands worker {command}{more}`" for command in ("status", "logs -f", "stop"))
+    typer.echo(
+        f"joined {run.read_status()['run']} (run {run.run_id[:8]}) as process {pid}, in the background; see {see}"
+    )
+
+
+@contextmanager
+def _failures_logged() -> Iterator[None]:
+    """Have whatever ends the worker in its log, too."""
+    import structlog
+
+    log = structlog.get_logger()
+    try:
+        yield
+    except ManyhandsError as error:
+        log.error("the worker ended", error=str(error))
+        raise
+    except Exception:
+        log.exception("the worker ended")
+        raise
+    log.info("the worker stopped")
+
+
+def _confirm_purge(homes: Sequence[Path]) -> None:
+    from worker.service import list_data
+
+    found = {path for home in homes for path in list_data(home)}
+    if found:
+        typer.echo("This removes for good: " + ", ".join(map(str, sorted(found))))
+        typer.confirm("Go on?", abort=True)
+
+
+def _purge(homes: Sequence[Path]) -> None:
+    from worker.background import stop_workers
+    from worker.home import list_runs
+    from worker.service import purge
+
+    for home in homes:
+        stop_workers(list_runs(home))
+        for path in purge(home):
+            typer.echo(f"removed {path}")
 
 
 async def _run_until_stopped(runner: Any) -> None:

@@ -25,7 +25,7 @@ from protocol.codecs import codec_of, get_codec
 from protocol.codecs.payload import Vector
 from protocol.documents import Contribution, Genesis, Lease, Manifest, ShardRef, sign
 from protocol.error_feedback import ErrorFeedback
-from protocol.errors import DivergedError, PayloadError, VerificationError
+from protocol.errors import DiskFullError, DivergedError, PayloadError, VerificationError
 from protocol.exchange.piece_index import has_index, make_piece_index
 from protocol.exchange.store import BlobStore
 from protocol.identity import Identity
@@ -33,21 +33,14 @@ from protocol.replica import State
 from protocol.shard_format import decode_shard
 from protocol.signing import Signed
 from worker.link import CoordinatorLink
+from worker.optimizers import InnerOptimizer
+from worker.saved_work import Pending, SavedWork, Unlisted
 from worker.trainer import StepReport, Trainer, TrainResult
 
 log = structlog.get_logger()
 SHARD_OVERHEAD_BYTES = 4096
 MAX_CARRIED = 4096  # shards; a header has its limit
 OWN_SHARE = 0.5  # of a worker's own step, until the merge is there: best of five values (docs/averaging.md)
-
-
-@dataclass(slots=True, kw_only=True)
-class Pending:
-    """A contribution that no manifest has listed yet."""
-
-    round: int
-    payload_hash: str
-    shards: tuple[ShardRef, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +65,8 @@ class Contributor:
         store: BlobStore,
         trainer: Trainer,
         shard_hashes: Sequence[str],
-        throttle: float = 1.0,
+        throttle: Callable[[], float] = lambda: 1.0,
+        saved: SavedWork,
     ) -> None:
         self.pending: Pending | None = None
         self.carried: tuple[ShardRef, ...] = ()
@@ -85,6 +79,7 @@ class Contributor:
         self._trainer = trainer
         self._shard_hashes = shard_hashes
         self._throttle = throttle
+        self._saved = saved
         self._feedback = ErrorFeedback(genesis.num_parameters)
         self._rows: dict[str, NDArray[np.int64]] = {}  # by hash: the shards of the lease
         self._weights = np.zeros(genesis.num_parameters, np.float32)
@@ -136,6 +131,27 @@ class Contributor:
         """Train on the lease's `ahead` until told to stop, beside `keep`. The next lease goes on from there."""
         await asyncio.to_thread(self._go_on, lease, state, should_stop, on_step)
 
+    async def save(self, round_: int, *, at_end: bool = False, is_ahead: bool = False) -> None:
+        """Keep what no manifest before `round_` has listed over a restart. A disk that is full is told, not raised."""
+        if at_end or self._saved.is_due:
+            await asyncio.to_thread(self._save, round_, None if is_ahead else self._trainer.optimizer)
+
+    def restore(self) -> int | None:
+        """Take up what a process before this one saved: the round that it was saved for, None when there is nothing."""
+        try:
+            found = self._saved.load(self._trainer.optimizer)
+            if found is None:
+                return None
+            unlisted, residual = found
+            if unlisted.pending is not None and not self._store.has(unlisted.pending.payload_hash):
+                raise VerificationError("the payload that was sent last is gone")
+            self._feedback.restore(residual)
+        except (VerificationError, PayloadError, ValueError) as error:
+            log.warning("the work of the last time is not taken up", error=str(error))
+            return None
+        self.pending, self.carried = unlisted.pending, unlisted.carried
+        return unlisted.round
+
     def contributed(self, round_: int) -> Vector:
         """float32 (D,): what this worker contributed to a round, as decoded. Raises VerificationError for nothing."""
         if self.pending is None or self.pending.round != round_:
@@ -154,6 +170,13 @@ class Contributor:
             return True
         self._keep_unlisted()
         return False
+
+    def _save(self, round_: int, optimizer: InnerOptimizer | None) -> None:
+        unlisted = Unlisted(round=round_, pending=self.pending, carried=self.carried)
+        try:
+            self._saved.save(unlisted, self._feedback.state(), optimizer)
+        except DiskFullError as error:
+            log.warning("the work so far cannot be saved", error=str(error))
 
     def _keep_unlisted(self) -> None:
         """The last contribution was in no manifest (late, refused, or a void round): its shards go with the next."""
@@ -219,7 +242,7 @@ class Contributor:
             lease_tokens=len(refs) * self._genesis.spec.shard_tokens,
             should_stop=should_stop,
             on_step=on_step,
-            throttle=self._throttle,
+            throttle=self._throttle(),
         )
         self.steps_trained += result.inner_steps
         return result

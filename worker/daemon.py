@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 
 import structlog
 
@@ -21,15 +22,24 @@ from protocol.envelope import unpack
 from protocol.errors import ConnectionFailedError, ManyhandsError, UnavailableError, VerificationError
 from protocol.exchange.peer import PeerNode, PeerSource
 from protocol.exchange.source import Source
+from protocol.exchange.throttle import Throttle
 from protocol.invite import decode_invite
 from protocol.wire import coordinator_pb2 as pb
 from worker.contributor import Contributor
 from worker.device import choose_device, describe_device
 from worker.follower import Follower
+from worker.governor.governor import Governor
+from worker.governor.ladder import Decision
+from worker.governor.preferences import Preferences
+from worker.governor.priority import Priority
+from worker.governor.reasons import PauseReason
+from worker.governor.sensors import Sensors, SystemSensors
+from worker.governor.traffic import TrafficMeter
 from worker.group_merger import GroupMerger
-from worker.home import RunHome
+from worker.home import RunHome, list_pids
 from worker.lease_work import LeaseWork
 from worker.link import CoordinatorLink, Introduction
+from worker.saved_work import SavedWork
 from worker.status import WorkerStatus
 from worker.trainer import StepReport, Trainer
 
@@ -38,6 +48,7 @@ MAX_STORE_BYTES = 4 << 30
 MAX_CONFIG_BYTES = 1 << 20
 BENCHMARK_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+SPARING_NETWORK = (PauseReason.METERED, PauseReason.TRAFFIC_CAP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +58,7 @@ class WorkerOptions:
     name: str
     device: str = "auto"
     throttle: float = 1.0  # share of the time that is computed
+    preferences_path: Path | None = None  # the volunteer's settings; None: compute always, whatever the machine does
     public: bool = True  # listen on all interfaces, or on loopback alone
     seed: bool = False  # serve everybody's payloads
     retry_for_s: float = 24 * 3600.0  # how long a coordinator that went away is tried again
@@ -60,40 +72,61 @@ class Worker:
     home: RunHome
     options: WorkerOptions
     on_status: Callable[[WorkerStatus], None] = lambda _: None
+    make_sensors: Callable[[TrafficMeter], Sensors] | None = None  # None: this machine's
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.identity = self.home.identity()
         self.store = self.home.store
         self.status = WorkerStatus(name=self.options.name, peer=self.identity.peer_id)
+        receipts = self.home.read_receipts()
+        self.status.credited_tokens, self.status.accepted = sum(each.tokens for each in receipts), len(receipts)
         self._invite: Invite
         self._invite, self._coordinator_key = decode_invite(self.invite_text)
         self._work: LeaseWork | None = None  # from the first join on
         self._finished = False
         self._kept_state = ""
+        self._link: CoordinatorLink | None = None  # while joined
+        self._online = asyncio.Event()
+        self._online.set()
+        self._offline = asyncio.Event()
+        self._leaving_because = "stopped by its owner"
+        self._downloads = Throttle(None)
+        self._traffic = TrafficMeter(self.home.home / "traffic.json")
+        self._counted = 0, 0  # bytes that the traffic meter knows of
+        self._priority = Priority()
+        self._governor = self._make_governor()
         self._claimed_steps_per_s = 0.0
 
     async def run(self) -> None:
         """Work until `stopping` is set or the run is finished. Raises ManyhandsError when it cannot go on."""
         async with await PeerNode.start(self.store, self.home.identity_path, public=self.options.public) as self._node:
-            self._follower = Follower(self.store, self._make_source, self._settle)
+            if self._governor is not None:
+                await self._governor.poll()
+            self._follower = Follower(self.store, self._make_source, self._settle, self._downloads)
             self._groups = GroupMerger(self._node, self._follower, self.store)
             stop = asyncio.create_task(self.stopping.wait())
             died = asyncio.create_task(self._node.died.wait())
             run = asyncio.create_task(self._keep_joined())
+            govern = asyncio.create_task(self._govern())
             try:
-                await asyncio.wait([stop, died, run], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([stop, died, run, govern], return_when=asyncio.FIRST_COMPLETED)
+                if govern.done():
+                    govern.result()
                 if run.done():
                     run.result()
                 elif died.done():
                     raise ManyhandsError("this worker's libp2p daemon ended; start the worker again")
             finally:
-                for task in (stop, died, run):
+                for task in (stop, died, run, govern):
                     task.cancel()
-                await asyncio.gather(stop, died, run, return_exceptions=True)
+                await asyncio.gather(stop, died, run, govern, return_exceptions=True)
                 await self._groups.end()
                 if self._work is not None:
                     await self._work.end()
+                    await self._work.contributor.save(self._follower.round, at_end=True)
+                self._count_traffic()
+                self._traffic.save()
                 self._show("stopped")
 
     def _make_source(self, peer: str, addresses: Sequence[str]) -> Source | None:
@@ -106,14 +139,15 @@ class Worker:
         """
         pause_s, last_seen = FIRST_PAUSE_S, None
         while not self._finished:
+            await self._online.wait()
             try:
                 async with CoordinatorLink(
-                    self.invite_text, self._invite, self._coordinator_key, self.identity
+                    self.invite_text, self._invite, self._coordinator_key, self.identity, self._node.uploads
                 ) as link:
                     await link.join(self._introduce())
                     log.info("joined", run=link.genesis.spec.name, run_id=link.genesis.run_id)
                     pause_s, last_seen = FIRST_PAUSE_S, time.monotonic()
-                    await self._converse(link)
+                    await self._converse_while_online(link)
                     last_seen = time.monotonic()
             except ConnectionFailedError as error:
                 if last_seen is None or time.monotonic() - last_seen > self.options.retry_for_s:
@@ -133,9 +167,25 @@ class Worker:
             seed=self.options.seed,
         )
 
+    async def _converse_while_online(self, link: CoordinatorLink) -> None:
+        """One joined session, which a pause that needs the network spared ends as the owner's stop does."""
+        conversation = asyncio.create_task(self._converse(link))
+        offline = asyncio.create_task(self._offline.wait())
+        try:
+            await asyncio.wait([conversation, offline], return_when=asyncio.FIRST_COMPLETED)
+            if conversation.done():
+                conversation.result()
+        finally:
+            offline.cancel()
+            conversation.cancel()
+            await asyncio.gather(conversation, return_exceptions=True)
+
     async def _converse(self, link: CoordinatorLink) -> None:
         """One joined session, from the state to its end."""
         self.status.run = link.genesis.spec.name
+        self._link = link
+        if self.status.pause_reason:
+            link.send_availability(self.status.pause_reason)
         heartbeat = asyncio.create_task(self._send_heartbeats(link))
         try:
             if self._work is None:
@@ -151,10 +201,11 @@ class Worker:
         except asyncio.CancelledError:
             if self._work is not None:
                 self._work.hand_back("the worker stops")
-            link.send(leaving=pb.Leaving(reason="stopped by its owner"))
+            link.send(leaving=pb.Leaving(reason=self._leaving_because))
             await link.drain()
             raise
         finally:
+            self._link = None
             if self._work is not None:
                 self._work.detach()
             heartbeat.cancel()
@@ -186,9 +237,14 @@ class Worker:
             store=self.store,
             trainer=trainer,
             shard_hashes=hashes,
-            throttle=self.options.throttle,
+            throttle=lambda: self.throttle,
+            saved=SavedWork(self.home.folder),
         )
-        return LeaseWork(contributor, self.store, show=self._show, on_step=self._note_step)
+        saved_round = await asyncio.to_thread(contributor.restore)
+        if saved_round is not None:
+            self._follower.note_from(saved_round)
+            log.info("goes on with the work of the last time", round=saved_round)
+        return LeaseWork(contributor, self.store, pace=self, show=self._show, on_step=self._note_step)
 
     def _build_trainer(self, genesis: Genesis) -> Trainer:
         trainer = Trainer(
@@ -205,6 +261,69 @@ class Worker:
         trainer.tune()
         return trainer
 
+    # ---- when there is computing: worker.lease_work.Pace, and what the governor says
+
+    @property
+    def paused(self) -> bool:
+        return self._governor is not None and self._governor.paused
+
+    @property
+    def throttle(self) -> float:
+        return min(self.options.throttle, self._governor.throttle if self._governor else 1.0)
+
+    def wait_while_paused(self, should_stop: Callable[[], bool]) -> bool:
+        return self._governor.wait_while_paused(should_stop) if self._governor else not should_stop()
+
+    def _make_governor(self) -> Governor | None:
+        if self.options.preferences_path is None:
+            return None
+        sensors = self.make_sensors(self._traffic) if self.make_sensors else self._system_sensors()
+        return Governor(
+            self.options.preferences_path,
+            self.home.home,
+            sensors,
+            on_change=self._take_decision,
+            on_preferences=self._take_preferences,
+        )
+
+    def _system_sensors(self) -> Sensors:
+        return SystemSensors(self.home.home, self._traffic, lambda: list_pids(self.home.home))
+
+    async def _govern(self) -> None:
+        if self._governor is None:
+            await asyncio.Event().wait()
+        else:
+            await self._governor.run()
+
+    def _take_decision(self, decision: Decision) -> None:
+        """Tell the coordinator and the volunteer; leave the run while the network is to be spared."""
+        reason = decision.reason
+        self.status.pause_reason = reason.value if reason else ""
+        self.status.pause_detail = decision.detail if reason else ""
+        if reason in SPARING_NETWORK:
+            self._leaving_because = f"paused: {self.status.pause_reason}"
+            self._online.clear()
+            self._offline.set()
+        else:
+            self._leaving_because = "stopped by its owner"
+            self._offline.clear()
+            self._online.set()
+        if self._link is not None:
+            self._link.send_availability(self.status.pause_reason)
+            self._send_heartbeat(self._link)
+        self._show(self.status.activity)
+
+    def _take_preferences(self, preferences: Preferences) -> None:
+        self._node.uploads.limit(preferences.upload_bps)
+        self._downloads.limit(preferences.download_bps)
+        if not self._priority.apply(preferences.niceness, preferences.io_priority):
+            log.warning("the system does not let this process change its priority")
+
+    def _count_traffic(self) -> None:
+        sent, received = self.status.bytes_sent, self.status.bytes_received
+        self._traffic.add(sent - self._counted[0], received - self._counted[1])
+        self._counted = sent, received
+
     # ---- messages
 
     async def _take(self, message: pb.CoordinatorMessage, link: CoordinatorLink, work: LeaseWork) -> None:
@@ -214,7 +333,9 @@ class Worker:
             case "manifest":
                 await self._merge(message.manifest, link, work)
             case "receipt":
-                receipt = link.open(unpack(message.receipt), Receipt)
+                signed = unpack(message.receipt)
+                receipt = link.open(signed, Receipt)
+                self.home.keep_receipt(signed)
                 self.status.credited_tokens += receipt.tokens
                 self.status.accepted += 1
             case "wanted":
@@ -271,7 +392,13 @@ class Worker:
         if self._kept_state and self._kept_state != state.digest:
             self.store.remove(self._kept_state)
         self._kept_state = self.store.put(state.to_bytes())
-        self.store.prune({self._kept_state}, MAX_STORE_BYTES)
+        self.store.prune({self._kept_state}, self._max_store_bytes)
+
+    @property
+    def _max_store_bytes(self) -> int:
+        """Of this run's blobs: somewhat under what the volunteer allows for everything."""
+        allowed_gb = self._governor.preferences.store_max_gb if self._governor else 0.0
+        return min(MAX_STORE_BYTES, int(0.8e9 * allowed_gb)) if allowed_gb else MAX_STORE_BYTES
 
     # ---- what is told
 
@@ -309,9 +436,12 @@ class Worker:
             status.steps_trained = contributor.steps_trained
         status.bytes_sent = (self._work.bytes_pushed if self._work else 0) + self._node.bytes_sent
         status.bytes_received = self._node.bytes_received
+        self._count_traffic()
         link.send(
             heartbeat=pb.Heartbeat(
-                activity=status.activity[:200],
+                activity=f"paused: {status.pause_detail or status.pause_reason}"[:200]
+                if status.pause_reason
+                else status.activity[:200],
                 steps_per_s=status.steps_per_s,
                 tokens_per_s=status.tokens_per_s,
                 inner_step=status.inner_step,

@@ -129,7 +129,13 @@ class Follower:
         self.state = await asyncio.to_thread(_merge, self.state, manifest, self._store)
         await self._note(manifest)
 
+    def note_from(self, round_: int) -> None:
+        """Manifests before this round were given to `on_manifest` by a process before this one."""
+        self._noted = round_
+
     async def _note(self, manifest: Manifest) -> None:
+        if manifest.round < self._noted:
+            return
         self._noted = max(self._noted, manifest.round + 1)
         if self._on_manifest is not None:
             await asyncio.to_thread(self._on_manifest, manifest)

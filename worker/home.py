@@ -2,6 +2,7 @@
 
 identity.key            this machine's key, for all runs
 runs/RUN_ID/blobs/      shards, states, payloads
+runs/RUN_ID/receipts.jsonl  what the coordinator signed for accepted work
 runs/RUN_ID/status.json what it is doing now       runs/RUN_ID/lock    held while it runs
 """
 
@@ -9,14 +10,17 @@ import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
-from protocol.errors import ManyhandsError
+from protocol.documents import Receipt
+from protocol.errors import ManyhandsError, VerificationError
 from protocol.exchange.store import BlobStore, naming_full_disks
 from protocol.identity import Identity
+from protocol.signing import Signed
 
 
 def default_home() -> Path:
@@ -42,6 +46,10 @@ class RunHome:
     @property
     def status_path(self) -> Path:
         return self.folder / "status.json"
+
+    @property
+    def receipts_path(self) -> Path:
+        return self.folder / "receipts.jsonl"
 
     @property
     def store(self) -> BlobStore:
@@ -75,6 +83,20 @@ class RunHome:
         except OSError:
             temporary.unlink(missing_ok=True)
 
+    def keep_receipt(self, signed: Signed) -> None:
+        """Add a receipt, a line each. A full disk is not a reason to stop computing: the ledger has it too."""
+        with suppress(OSError), self.receipts_path.open("a") as file:
+            file.write(json.dumps(signed.to_json()) + "\n")
+
+    def read_receipts(self) -> list[Receipt]:
+        """The receipts that were kept. What a crash cut short is left out."""
+        receipts = []
+        lines = self.receipts_path.read_text().splitlines() if self.receipts_path.exists() else []
+        for line in lines:
+            with suppress(ValueError, VerificationError):
+                receipts.append(Receipt.model_validate_json(Signed.from_json(json.loads(line)).body))
+        return receipts
+
     def read_status(self) -> dict[str, object]:
         try:
             status: dict[str, object] = json.loads(self.status_path.read_text())
@@ -87,6 +109,16 @@ def list_runs(home: Path) -> list[RunHome]:
     """Every run that this machine has worked for."""
     folder = home / "runs"
     return [RunHome(home, path.name) for path in sorted(folder.iterdir())] if folder.is_dir() else []
+
+
+def list_pids(home: Path) -> list[int]:
+    """The processes of all workers that keep their things there, this one among them."""
+    pids = {os.getpid()}
+    for run in list_runs(home):
+        pid = run.read_status().get("pid")
+        if is_running(pid):
+            pids.add(int(str(pid)))
+    return sorted(pids)
 
 
 def is_running(pid: object) -> bool:

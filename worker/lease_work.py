@@ -7,6 +7,7 @@ broken connection does not end the work: the header is sent again when the worke
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 
@@ -22,6 +23,21 @@ from worker.link import CoordinatorLink
 from worker.trainer import StepReport
 
 log = structlog.get_logger()
+HOLD_S = 30.0  # a paused lease is kept so long, and no longer than it can still be finished
+
+
+class Pace(Protocol):
+    """Whether there is computing now, and how much: see worker.governor.governor."""
+
+    @property
+    def paused(self) -> bool: ...
+
+    @property
+    def throttle(self) -> float: ...
+
+    def wait_while_paused(self, should_stop: Callable[[], bool]) -> bool:
+        """Blocks. True as soon as there is no pause, False when `should_stop` says so first."""
+        ...
 
 
 class LeaseWork:
@@ -32,6 +48,7 @@ class LeaseWork:
         contributor: Contributor,
         store: BlobStore,
         *,
+        pace: Pace,
         show: Callable[[str], None],
         on_step: Callable[[StepReport], None],
     ) -> None:
@@ -40,7 +57,9 @@ class LeaseWork:
         self.bytes_pushed = 0
         self._store = store
         self._show = show
+        self._pace = pace
         self._on_step = on_step
+        self._last_step: StepReport | None = None
         self._task: asyncio.Task[None] | None = None
         self._ahead: asyncio.Task[None] | None = None  # training on while the contribution is exchanged and merged
         self._stopped = False
@@ -64,7 +83,7 @@ class LeaseWork:
         if problem or state is None:
             self._return(lease, problem)
             return
-        self.lease, self._stopped = lease, False
+        self.lease, self._stopped, self._last_step = lease, False, None
         self._task = asyncio.create_task(self._fulfil(lease, state, deadline_s))
 
     async def _prepare(self, lease: Lease, state: State | None) -> str:
@@ -134,8 +153,8 @@ class LeaseWork:
             trained = await self.contributor.train(
                 lease,
                 state,
-                should_stop=lambda: self._stopped or time.monotonic() > deadline_s,
-                on_step=self._on_step,
+                should_stop=lambda: not self._may_go_on(deadline_s),
+                on_step=self._note_step,
             )
             if lease.ahead and not self._stopped:
                 self._ahead = asyncio.create_task(self._go_on(lease, state))
@@ -148,17 +167,43 @@ class LeaseWork:
                 self._sending = True
                 await self._deliver(*done)
             elif lease.contribute:
-                self._return(lease, "no shard was finished in time")
+                self._return(lease, "paused" if self._pace.paused else "no shard was finished in time")
+            self._sending = False
             self._show("training ahead" if lease.ahead else "waiting for the merge")
+            await self.contributor.save(lease.round, is_ahead=self._ahead is not None)
         except ManyhandsError as error:
             log.warning("the lease was not fulfilled", lease=lease.lease_id, error=str(error))
             self._return(lease, str(error))
         finally:
             self._sending = False
 
+    def _may_go_on(self, deadline_s: float) -> bool:
+        """Asked before every inner step, in the training thread. A pause is waited out while it is worth it."""
+
+        def is_over() -> bool:
+            return self._stopped or time.monotonic() > deadline_s
+
+        if is_over():
+            return False
+        if not self._pace.paused:
+            return True
+        step = self._last_step
+        left_s = (step.num_inner_steps - step.inner_step) * step.compute_s / self._pace.throttle if step else 0.0
+        give_up_s = min(time.monotonic() + HOLD_S, deadline_s - left_s)
+        return self._pace.wait_while_paused(lambda: is_over() or time.monotonic() > give_up_s)
+
+    def _note_step(self, step: StepReport) -> None:
+        self._last_step = step
+        self._on_step(step)
+
     async def _go_on(self, lease: Lease, state: State) -> None:
         try:
-            await self.contributor.go_on(lease, state, should_stop=lambda: self._stopped, on_step=self._on_step)
+            await self.contributor.go_on(
+                lease,
+                state,
+                should_stop=lambda: not self._pace.wait_while_paused(lambda: self._stopped),
+                on_step=self._on_step,
+            )
         except ManyhandsError as error:
             log.warning("training ahead broke off", lease=lease.lease_id, error=str(error))
 

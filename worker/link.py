@@ -12,8 +12,10 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import grpc
+import structlog
 
 from protocol.documents import (
+    OLDEST_PROTOCOL_VERSION,
     PROTOCOL_VERSION,
     Document,
     Genesis,
@@ -26,13 +28,15 @@ from protocol.documents import (
 from protocol.envelope import pack, unpack
 from protocol.errors import ConnectionFailedError, InviteError, MissingBlobError, RefusedError, VerificationError
 from protocol.exchange.dial import dial
-from protocol.exchange.source import BlobSink
+from protocol.exchange.source import UNLIMITED, BlobSink
 from protocol.exchange.store import BlobStore
+from protocol.exchange.throttle import Throttle
 from protocol.identity import Identity
 from protocol.signing import Signed
 from protocol.wire import coordinator_pb2 as pb
 from protocol.wire.coordinator_pb2_grpc import CoordinatorServiceStub
 
+log = structlog.get_logger()
 ANSWER_TIMEOUT_S = 20.0
 CHUNK_TIMEOUT_S = 60.0
 CHUNK_BYTES = 256 * 1024
@@ -52,14 +56,38 @@ class Introduction:
     seed: bool = False
 
 
+def choose_version(theirs: int) -> int:
+    """The newest protocol version that both sides speak; the coordinator speaks `theirs` and the one before.
+
+    Raises RefusedError with what to type.
+    """
+    if theirs < OLDEST_PROTOCOL_VERSION:
+        raise RefusedError(
+            f"the coordinator speaks protocol version {theirs}, this worker {OLDEST_PROTOCOL_VERSION} to "
+            f"{PROTOCOL_VERSION}; its operator should type `pip install --upgrade manyhands`"
+        )
+    if theirs > PROTOCOL_VERSION:
+        log.warning("the coordinator is newer; type `pip install --upgrade manyhands`", theirs=theirs)
+    return min(theirs, PROTOCOL_VERSION)
+
+
 class CoordinatorLink:
     """A joined session. Use as an async context manager."""
 
-    def __init__(self, invite_text: str, invite: Invite, coordinator_key: bytes, identity: Identity) -> None:
+    def __init__(
+        self,
+        invite_text: str,
+        invite: Invite,
+        coordinator_key: bytes,
+        identity: Identity,
+        uploads: Throttle = UNLIMITED,
+    ) -> None:
         self._invite_text = invite_text
         self._invite = invite
         self._coordinator_key = coordinator_key
         self._identity = identity
+        self._uploads = uploads
+        self.protocol_version = PROTOCOL_VERSION
         self._outbox: asyncio.Queue[pb.PeerMessage | None] = asyncio.Queue()
         self._metadata: tuple[tuple[str, str], ...] = ()
         self.genesis: Genesis
@@ -81,12 +109,13 @@ class CoordinatorLink:
         self._call = self._stub.Session(self._outgoing())
         self._messages = self._call.__aiter__()
         challenge = await self._receive(ANSWER_TIMEOUT_S)
+        self.protocol_version = choose_version(int(challenge.challenge.protocol_version))
         request = JoinRequest(
             run_id=self._invite.run_id,
             peer=self._identity.peer_id,
             nonce=challenge.challenge.nonce,
             invite=self._invite_text,
-            protocol_version=PROTOCOL_VERSION,
+            protocol_version=self.protocol_version,
             software=introduction.software,
             name=introduction.name,
             device=introduction.device,
@@ -106,6 +135,11 @@ class CoordinatorLink:
     def open(self, signed: Signed, model: type[D]) -> D:
         """A document that the coordinator signed for this run. Raises VerificationError."""
         return open_signed(signed, model, signer=self._coordinator_key, run_id=self._invite.run_id)
+
+    def send_availability(self, pause_reason: str) -> None:
+        """Say whether this worker takes leases: why not, or nothing. A coordinator of version 1 is not told."""
+        if self.protocol_version >= 2:
+            self.send(availability=pb.Availability(pause_reason=pause_reason))
 
     def send(self, **message: object) -> None:
         """Queue one message (one field of PeerMessage)."""
@@ -195,7 +229,8 @@ class CoordinatorLink:
     async def _chunks(self, hash_: str, store: BlobStore) -> AsyncIterator[pb.BlobChunk]:
         size, offset = store.size(hash_), 0
         while offset < size or offset == 0:
-            data = await asyncio.to_thread(store.read_piece, hash_, offset, CHUNK_BYTES)
+            data = await asyncio.to_thread(store.read_piece, hash_, offset, min(CHUNK_BYTES, self._uploads.chunk_bytes))
+            await self._uploads.wait(len(data))
             first = offset == 0
             yield pb.BlobChunk(hash=hash_ if first else "", size=size if first else 0, data=data)
             offset += len(data)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,10 +10,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from worker.governor.reasons import PauseReason
 from worker.home import RunHome
 from worker.status import WorkerStatus
 
 WRITE_EVERY_S = 0.5
+_SENTENCES = {reason.value: reason.sentence for reason in PauseReason}
 
 
 class LiveView:
@@ -43,9 +46,10 @@ class LiveView:
 
     def update(self, status: WorkerStatus) -> None:
         """Called by the worker whenever something changed."""
+        was_paused_for = self._status.get("pause_reason")
         self._status = status.to_json()
         now = time.monotonic()
-        if now - self._last_write_s > WRITE_EVERY_S:
+        if now - self._last_write_s > WRITE_EVERY_S or was_paused_for != status.pause_reason:
             self._last_write_s = now
             self._home.write_status(self._status)
         if self._live is not None:
@@ -72,7 +76,7 @@ def render_statuses(statuses: list[dict[str, Any]]) -> None:
     for status in statuses:
         table.add_row(
             f"{status.get('run', '')} ({status['run_id'][:8]})",
-            str(status.get("activity", "")) if status["running"] else "not running",
+            describe_state(status) if status["running"] else "not running",
             str(status.get("round", "")),
             f"{status.get('loss', 0.0):.4f}",
             f"{status.get('steps_per_s', 0.0):.2f}",
@@ -81,11 +85,20 @@ def render_statuses(statuses: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def describe_state(status: Mapping[str, Any]) -> str:
+    """What it does, or why it does nothing."""
+    reason = status.get("pause_reason")
+    if not reason:
+        return str(status.get("activity", ""))
+    detail = status.get("pause_detail")
+    return f"paused: {_SENTENCES[reason]}" + (f" ({detail})" if detail else "")
+
+
 def _render(status: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     rows = {
         "run": status["run"],
-        "doing": status["activity"],
+        "doing": describe_state(status),
         "round": f"{status['round']}, inner step {status['inner_step']}",
         "loss": f"{status['loss']:.4f}",
         "speed": f"{status['steps_per_s']:.2f} steps/s, {status['tokens_per_s']:,.0f} tokens/s",

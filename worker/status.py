@@ -10,6 +10,8 @@ class WorkerStatus:
     name: str
     peer: str
     activity: str = "joining"
+    pause_reason: str = ""  # a worker.governor.reasons.PauseReason; empty: none
+    pause_detail: str = ""
     run: str = ""
     round: int = -1
     inner_step: int = 0

@@ -112,7 +112,7 @@ def leave(state: State, event: ev.PeerLeft, now_s: float) -> list[Effect]:
 
 
 def report_availability(state: State, event: ev.AvailabilityReported, _: float) -> list[Effect]:
-    """A paused worker gets no leases, and no round waits for it to merge. A lease that it holds is its own to return."""
+    """A paused worker gets no leases, and no round waits for it to merge. What it holds it returns itself."""
     if event.peer in state.peers:
         state.peers[event.peer].pause_reason = event.pause_reason
     return []

@@ -158,6 +158,11 @@ class PeerNode:
         return self._exchange.bytes_sent
 
     @property
+    def uploads(self) -> Throttle:
+        """The rate of all that this node serves; what else is uploaded may share it."""
+        return self._exchange.throttle
+
+    @property
     def p2p(self) -> Any:
         """The hivemind.P2P below, for other protocols on the same identity."""
         return self._p2p

@@ -70,7 +70,7 @@ class PieceExchange:
         self.bytes_sent = 0
         self._store = store
         self._may_serve = may_serve
-        self._throttle = throttle
+        self.throttle = throttle
         self._streams: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None] | None] = set()
 
@@ -128,7 +128,7 @@ class PieceExchange:
             answer = Answer.COMING
         writer.write(_HEAD.pack(answer, size_bytes))
         while chunk:
-            await self._throttle.wait(len(chunk))
+            await self.throttle.wait(len(chunk))
             writer.write(_CHUNK.pack(len(chunk)) + chunk)
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
                 await writer.drain()
@@ -140,7 +140,7 @@ class PieceExchange:
 
     async def _read(self, blob_hash: str, offset: int, end: int) -> bytes:
         """The next bytes to send; empty at the end, and when they do not come in time. Raises MissingBlobError."""
-        num_bytes = min(self._throttle.chunk_bytes, end - offset)
+        num_bytes = min(self.throttle.chunk_bytes, end - offset)
         loop = asyncio.get_running_loop()
         until_s = loop.time() + COMING_TIMEOUT_S
         while num_bytes:

@@ -12,10 +12,14 @@ class Throttle:
     """
 
     def __init__(self, max_bps: float | None) -> None:
+        self._free_at_s = 0.0
+        self.limit(max_bps)
+
+    def limit(self, max_bps: float | None) -> None:
+        """Another rate, for those who begin to wait from now on."""
         if max_bps is not None and max_bps <= 0:
             raise ValueError("a rate limit is above 0 bit/s")
         self._max_bps = max_bps
-        self._free_at_s = 0.0
         quarter_second_bytes = PIECE_BYTES if max_bps is None else int(max_bps / 32)
         self.chunk_bytes = min(PIECE_BYTES, max(4096, quarter_second_bytes))  # what to ask for at a time
 

@@ -65,7 +65,16 @@ def make_status(**changes: Any) -> dict[str, Any]:
 
 def make_peer(name: str, status: str) -> dict[str, Any]:
     counts = {"steps_per_s": 1.0, "credited_tokens": 0, "accepted": 0, "refused": 0}
-    return {"peer": name, "name": name, "role": "worker", "device": "", "status": status, "pause_reason": "", "activity": "", **counts}
+    return {
+        "peer": name,
+        "name": name,
+        "role": "worker",
+        "device": "",
+        "status": status,
+        "pause_reason": "",
+        "activity": "",
+        **counts,
+    }
 
 
 @given(st.integers(0, 5000))

@@ -99,9 +99,15 @@ def test_recorded_join_request_is_refused_when_it_is_sent_again(stranger: Strang
     assert "challenge" in answer.refused.reason
 
 
-def test_join_is_refused_when_the_protocol_version_differs(stranger: Stranger) -> None:
-    answer = stranger.converse(lambda nonce: stranger.join(nonce, protocol_version=PROTOCOL_VERSION + 1))
-    assert "protocol version" in answer.refused.reason
+@pytest.mark.parametrize("version", [PROTOCOL_VERSION + 1, PROTOCOL_VERSION - 2])
+def test_join_is_refused_when_the_protocol_version_is_not_spoken(stranger: Stranger, version: int) -> None:
+    answer = stranger.converse(lambda nonce: stranger.join(nonce, protocol_version=version))
+    assert "pip install --upgrade manyhands" in answer.refused.reason
+
+
+def test_peer_of_the_version_before_is_welcomed(stranger: Stranger) -> None:
+    answer = stranger.converse(lambda nonce: stranger.join(nonce, protocol_version=PROTOCOL_VERSION - 1))
+    assert answer.WhichOneof("message") == "welcome"
 
 
 def test_join_is_refused_when_another_peer_signed_it(stranger: Stranger) -> None:

@@ -33,3 +33,15 @@ async def test_turn_is_given_back_when_its_owner_stops_waiting() -> None:
 def test_limit_is_refused_when_nothing_could_pass(max_bps: float) -> None:
     with pytest.raises(ValueError, match="above 0"):
         Throttle(max_bps)
+
+
+async def test_limit_that_is_set_later_holds_for_whoever_comes_then() -> None:
+    throttle = Throttle(None)
+    await throttle.wait(10**9)
+    throttle.limit(8 * 10_000)
+    started_s = now_s()
+    await asyncio.gather(*(throttle.wait(1000) for _ in range(4)))
+    assert 0.29 < now_s() - started_s < 1.0
+    throttle.limit(None)
+    async with asyncio.timeout(2):
+        await throttle.wait(10**9)
