@@ -99,6 +99,31 @@ def compare(
         _print(summaries)
 
 
+@app.command(epilog="manyhands simulate calibrate manyhands-runs/my-run --out my-run.toml")
+def calibrate(
+    run_folder: Annotated[Path, typer.Argument(help="The folder of a run, which may be running.")],
+    out: Annotated[Path | None, typer.Option(help="The scenario to write. Default: RUN-as-run.toml.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Make a scenario of a real run: its peers' speeds, links and sessions, its overheads, its settings."""
+    from simulations.calibrate import calibrate as fit_run
+    from simulations.calibration.scenario_file import name_scenario
+    from simulations.calibration.table import print_calibration
+
+    calibration = fit_run(run_folder)
+    path = out or Path(f"{name_scenario(calibration.facts.spec)}.toml")
+    if path.exists() and not force:
+        raise ConfigError(f"{path} is there already; --force replaces it, --out writes another")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(calibration.text, encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps({"scenario": str(path), **calibration.to_json()}))
+        return
+    print_calibration(calibration)
+    typer.echo(f"wrote {path}; `manyhands simulate {path}` simulates it, with `--set fidelity=learn` the training too")
+
+
 @app.command()
 def question(
     out: Annotated[Path, typer.Option(help="The page; its pictures are put beside it.")] = Path(

@@ -19,7 +19,7 @@ from protocol.run_spec import AUTO, RunSpec, Section, parse_run_spec
 from simulations.world.devices import TRAINING_BYTES_PER_PARAMETER
 from simulations.world.faults import FaultSpec
 from simulations.world.links import LINKS, REGIONS
-from simulations.world.population import PopulationSpec, one_of
+from simulations.world.population import UNPLANNED, PopulationSpec, one_of
 
 FOLDER = Path(__file__).parent / "scenarios"
 MAX_SHARDS = 10_000_000
@@ -93,6 +93,11 @@ class Scenario(Section):
     @model_validator(mode="after")
     def _check_together(self) -> "Scenario":
         names = [population.name for population in self.population]
+        for index, population in enumerate(self.population):
+            unplanned = sorted(population.measured.model_fields_set & UNPLANNED)
+            if self.fidelity == "plan" and unplanned:
+                place = f"population[{index}].measured.{unplanned[0]}"
+                raise ValueError(f"{place}: fidelity plan has no place for it; use learn or time")
         if len(set(names)) != len(names):
             raise ValueError(f"population: the name `{next(n for n in names if names.count(n) > 1)}` is there twice")
         for index, fault in enumerate(self.fault):

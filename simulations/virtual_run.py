@@ -20,7 +20,7 @@ from simulations.virtual.clock import Clock
 from simulations.virtual.coordinator import VirtualCoordinator
 from simulations.virtual.peers import VirtualPeer, World
 from simulations.virtual.recorder import SAMPLES_A_ROW, Recorder
-from simulations.virtual.sessions import Sessions
+from simulations.virtual.sessions import PREPARE_S, Sessions
 from simulations.virtual.work import Work
 from simulations.world.links import LINKS, stream_bps
 from simulations.world.population import draw_population, name_peers
@@ -142,6 +142,9 @@ def _build_world(scenario: Scenario, learner: Learner) -> World:
     down_bps = np.append(population.down_bps, site.down_bps)
     streams = np.append(population.stream_bps, stream_bps(site.latency_s, site.loss))
     clock = Clock()
+    measured = [spec.measured for spec in scenario.population]
+    step_s = scenario.flops_per_step(learner.num_parameters) / population.flops
+    claims = np.array([each.claimed_steps_per_s or np.nan for each in measured])[population.kind]
     peers = [VirtualPeer(index=index, id=name) for index, name in enumerate(name_peers(count))]
     return World(
         scenario=scenario,
@@ -153,7 +156,7 @@ def _build_world(scenario: Scenario, learner: Learner) -> World:
         rng=np.random.Generator(np.random.PCG64((scenario.seed, _RUN_STREAM))),
         peers=peers,
         by_id={peer.id: peer for peer in peers},
-        step_s=scenario.flops_per_step(learner.num_parameters) / population.flops,
+        step_s=step_s,
         latency_s=np.append(population.latency_s, site.latency_s),
         stream_bps=streams,
         dialable=np.append(population.dialable, True),
@@ -161,6 +164,11 @@ def _build_world(scenario: Scenario, learner: Learner) -> World:
         train_from_s=np.zeros(count),
         train_until_s=np.zeros(count),
         merging_until_s=np.zeros(count),
+        start_s=np.array([PREPARE_S if each.start_s is None else each.start_s for each in measured])[population.kind],
+        lease_s=np.array([each.lease_s for each in measured])[population.kind],
+        reveal_s=np.array([each.reveal_s for each in measured])[population.kind],
+        merge_s=np.array([each.merge_s for each in measured])[population.kind],
+        claimed_steps_per_s=np.where(np.isnan(claims), 1.0 / step_s, claims),
         running=np.zeros(count, bool),
         sending=np.zeros(count, bool),
         connected=np.zeros(count, bool),

@@ -41,7 +41,7 @@ class Merging:
         payloads = closed.groups or closed.credits
         gain = DECODE_GAIN.get(payloads[0].codec, DECODE_GAIN_DENSE)
         float32_bytes = 4.0 * world.learner.num_parameters * len(payloads)
-        done_s = fetched.done_s + float32_bytes / (gain * world.population.codec_bps[index])
+        done_s = fetched.done_s + float32_bytes / (gain * world.population.codec_bps[index]) + world.merge_s[index]
         world.merging_until_s[index] = done_s
         download_bps = 8.0 * fetched.received_bytes / np.maximum(fetched.done_s - starts_s, 1e-6)
         reports = zip(
@@ -100,7 +100,7 @@ class Merging:
                 peer=peer.id,
                 round=rounds,
                 digest=self._coordinator.digests[rounds],
-                claimed_steps_per_s=1.0 / float(self._world.step_s[peer.index]),
+                claimed_steps_per_s=float(self._world.claimed_steps_per_s[peer.index]),
                 download_bps=download_bps,
             )
         )

@@ -74,6 +74,11 @@ class World:
     train_from_s: Floats
     train_until_s: Floats
     merging_until_s: Floats
+    start_s: Floats  # of a process, before it has a state
+    lease_s: Floats  # what calibration found between lease and header, beyond what is modelled
+    reveal_s: Floats  # so between header and payload
+    merge_s: Floats  # and between manifest and new state
+    claimed_steps_per_s: Floats
     running: NDArray[np.bool_]
     sending: NDArray[np.bool_]
     connected: NDArray[np.bool_]

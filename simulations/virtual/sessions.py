@@ -1,5 +1,6 @@
 """Peers come and go: join, fetch the state, lose the connection, come back, stop (worker/daemon.py, follower.py)."""
 
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +41,11 @@ class Sessions:
             if world.population.memory_bytes[peer.index] < needed:
                 self._recorder.too_small += 1
                 continue
+            planned = self._sessions_of(peer)
+            if planned:
+                for session in planned:
+                    world.clock.at(session[0] * av.HOUR_S, self._start, peer)
+                continue
             start_s = float(world.population.joins_s[peer.index])
             kind = self._kind(peer)
             hour = self._local_hour(peer, start_s)
@@ -54,6 +60,11 @@ class Sessions:
     def _kind(self, peer: VirtualPeer) -> av.AvailabilityClass:
         return self._kinds[int(self._world.population.kind[peer.index])]
 
+    def _sessions_of(self, peer: VirtualPeer) -> tuple[tuple[float, ...], ...]:
+        """Those that the scenario lists, in hours; none: they are drawn."""
+        kind = int(self._world.population.kind[peer.index])
+        return self._world.scenario.population[kind].measured.sessions_hours
+
     def _local_hour(self, peer: VirtualPeer, at_s: float) -> float:
         scenario = self._world.scenario
         region = scenario.population[self._world.population.kind[peer.index]].region
@@ -63,14 +74,24 @@ class Sessions:
 
     def _start(self, peer: VirtualPeer) -> None:
         world = self._world
-        kind = self._kind(peer)
         peer.session += 1
         peer.sessions += 1
         peer.running = world.running[peer.index] = True
         peer.session_started_s, peer.retry_s = world.clock.now_s, FIRST_PAUSE_S
-        peer.ends_s = world.clock.now_s + av.draw_session_s(kind, world.rng)
-        world.clock.at(peer.ends_s, self._stop, peer, peer.session, bool(world.rng.random() < kind.abrupt))
+        peer.ends_s, abrupt = self._choose_end(peer)
+        if peer.ends_s < inf:
+            world.clock.at(peer.ends_s, self._stop, peer, peer.session, abrupt)
         world.clock.after(0.0, self._dial, peer, peer.session)
+
+    def _choose_end(self, peer: VirtualPeer) -> tuple[float, bool]:
+        """When the session that begins now will end, and whether without a goodbye."""
+        planned = self._sessions_of(peer)
+        if planned:
+            end_hours = planned[peer.sessions - 1][1:]
+            return (end_hours[0] * av.HOUR_S if end_hours else inf), False
+        kind, rng = self._kind(peer), self._world.rng
+        ends_s = self._world.clock.now_s + av.draw_session_s(kind, rng)
+        return ends_s, bool(rng.random() < kind.abrupt)
 
     def _stop(self, peer: VirtualPeer, session: int, abrupt: bool) -> None:
         """The process ends: with a goodbye, or found out by its silence. What it kept in memory is gone."""
@@ -87,6 +108,8 @@ class Sessions:
         peer.held = peer.merging = NEVER
         peer.lease, peer.header, peer.named, peer.carried, peer.lead = None, None, (), (), ()
         world.learner.drop(peer.id)
+        if self._sessions_of(peer):
+            return  # the next one is on the clock already
         kind = self._kind(peer)
         if not av.leaves_for_good(kind, now_s - peer.session_started_s, world.rng):
             world.clock.after(av.draw_gap_s(kind, self._local_hour(peer, now_s), world.rng), self._start, peer)
@@ -150,7 +173,7 @@ class Sessions:
         )
         if peer.connected:
             is_new = peer.held == NEVER
-            world.clock.after(PREPARE_S if is_new else 0.0, self._catch_up, peer, link)
+            world.clock.after(world.start_s[peer.index] if is_new else 0.0, self._catch_up, peer, link)
 
     def refuse(self, peer: VirtualPeer) -> None:
         self._disconnect(peer)
@@ -190,11 +213,14 @@ class Sessions:
         )
 
     def _choose_source(self, peer: VirtualPeer) -> int:
-        """A worker that can be dialled and kept the state of the last checkpoint, else the coordinator."""
-        world = self._world
+        """A worker that can be dialled and has the state of the last checkpoint, else the coordinator.
+
+        It has it since it held that state, or fetched it when it joined: the initial one too.
+        """
+        world, checkpoint = self._world, self._coordinator.state.checkpoint_round
         for _ in range(MAX_STATE_SOURCES if len(self._dialable) else 0):
             source = world.peers[int(self._dialable[world.rng.integers(len(self._dialable))])]
-            if source.ready and source is not peer and source.held > 0 and not world.cuts[source.index]:
+            if source.ready and source is not peer and source.held >= checkpoint and not world.cuts[source.index]:
                 return source.index
         return world.coordinator
 

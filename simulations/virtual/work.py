@@ -65,7 +65,7 @@ class Work:
         done = np.where(contributes, done, np.clip((until_s - start_s) / unit_s, 0.0, done).astype(np.int64))
         world.train_from_s[index] = start_s
         world.train_until_s[index] = until_s
-        encode_s = 4.0 * world.learner.num_parameters / world.population.codec_bps[index]
+        encode_s = 4.0 * world.learner.num_parameters / world.population.codec_bps[index] + world.lease_s[index]
         tasks = []
         for peer, grant, num, end_s, encoded_s, each_s in zip(
             peers, grants, done.tolist(), until_s.tolist(), (finish_s + encode_s).tolist(), unit_s.tolist(), strict=True
@@ -156,7 +156,7 @@ class Work:
 
     def reveal(self, peer: VirtualPeer, check: CheckPayload) -> None:
         """The coordinator wants the payload."""
-        delay_s = self._world.latency_s[peer.index]
+        delay_s = self._world.latency_s[peer.index] + self._world.reveal_s[peer.index]
         self._world.clock.after(delay_s, self._push, peer, peer.link, check.payload_hash, check.payload_bytes)
 
     def _push(self, peer: VirtualPeer, link: int, payload_hash: str, size: int) -> None:

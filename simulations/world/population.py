@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, field_validator
 
-from protocol.run_spec import Fraction, Section
+from protocol.run_spec import Fraction, Positive, Section
 from simulations.world import links
 from simulations.world.availability import AVAILABILITY
 from simulations.world.devices import DEVICES
@@ -29,6 +29,39 @@ def one_of(known: Collection[str]) -> Callable[[object], object]:
     return check
 
 
+# Of what can be measured, that which fidelity `plan` does not know.
+UNPLANNED = frozenset({"start_s", "lease_s", "reveal_s", "merge_s", "claimed_steps_per_s", "sessions_hours"})
+
+
+class Measured(Section):
+    """What was measured of such peers (simulations.calibrate), with no spread; absent: as their classes have it."""
+
+    flops: Positive | None = Field(None, description="that a training step gets out of the device")
+    jitter: Annotated[float, Field(ge=0.0, le=3.0)] | None = Field(None, description="of log(speed), by lease")
+    memory_bytes: Positive | None = None
+    down_bps: Positive | None = None
+    up_bps: Positive | None = None
+    latency_s: Annotated[float, Field(ge=0.0)] | None = Field(None, description="one way to the coordinator")
+    dialable: Fraction | None = Field(None, description="share that others can dial")
+    start_s: Annotated[float, Field(ge=0.0)] | None = Field(None, description="of a process, before it has a state")
+    lease_s: Annotated[float, Field(ge=0.0)] = Field(0.0, description="more, from lease to header")
+    reveal_s: Annotated[float, Field(ge=0.0)] = Field(0.0, description="more, from header to payload")
+    merge_s: Annotated[float, Field(ge=0.0)] = Field(0.0, description="more, from manifest to the new state")
+    claimed_steps_per_s: Positive | None = Field(None, description="inner steps, as it says when it joins")
+    sessions_hours: tuple[tuple[float, ...], ...] = Field(
+        (), description="[from, to] of each session, in order; without a `to` the last one does not end"
+    )
+
+    @field_validator("sessions_hours")
+    @classmethod
+    def _check_sessions(cls, sessions: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+        moments = [moment for session in sessions for moment in session]
+        whole = all(len(session) == 2 for session in sessions[:-1]) and (not sessions or len(sessions[-1]) in (1, 2))
+        if not whole or moments != sorted(moments) or (moments and moments[0] < 0.0):
+            raise ValueError("write [[from, to], …] in order of time; the last may be [from]")
+        return sessions
+
+
 class PopulationSpec(Section):
     """So many peers of one kind."""
 
@@ -45,6 +78,7 @@ class PopulationSpec(Section):
     seed: bool = Field(False, description="offers to pass everybody's payloads on")
     attack: Attack | None = None
     attack_fraction: Fraction = Field(1.0, description="share of these peers that attack")
+    measured: Measured = Field(default_factory=Measured)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +139,7 @@ def _draw(
     total = sum(other.count for other in specs)
     others_s = sum(links.region_latency_s(spec.region, other.region) * other.count for other in specs) / total
     numbers = np.arange(n)
-    return {
+    drawn = {
         "kind": np.full(n, index),
         "flops": device.flops * rng.lognormal(0.0, spread, n) * spec.throttle,
         "memory_bytes": device.memory_bytes * rng.lognormal(0.0, 0.3, n),
@@ -121,3 +155,16 @@ def _draw(
         "joins_s": 3600.0 * (spec.joins_at_hours + spec.joins_over_hours * rng.random(n)),
         "attackers": (numbers < round(spec.attack_fraction * n)) & (spec.attack is not None),
     }
+    return drawn | _draw_measured(spec, rng)
+
+
+def _draw_measured(spec: PopulationSpec, rng: np.random.Generator) -> dict[str, NDArray[np.generic]]:
+    """What stands in the place of what was drawn."""
+    names = ("flops", "jitter", "memory_bytes", "down_bps", "up_bps", "latency_s")
+    values = {name: getattr(spec.measured, name) for name in names}
+    measured: dict[str, NDArray[np.generic]] = {
+        name: np.full(spec.count, value) for name, value in values.items() if value is not None
+    }
+    if spec.measured.dialable is not None:
+        measured["dialable"] = rng.random(spec.count) < spec.measured.dialable
+    return measured

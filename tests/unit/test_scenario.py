@@ -51,6 +51,23 @@ def test_all_nine_scenarios_are_there() -> None:
         ({"population": [{**PEERS, "link": ["fiber"]}]}, "population[0].link: ['fiber'] is none of"),
         ({"population": [{**PEERS, "speed_spread": -1.0}]}, "population[0].speed_spread: "),
         ({"population": [{**PEERS, "attack": "noise", "attack_fraction": 1.5}]}, "population[0].attack_fraction: "),
+        (
+            {"population": [{**PEERS, "measured": {"flop": 1.0}}]},
+            "`population[0].measured.flop`; did you mean `flops`?",
+        ),
+        ({"population": [{**PEERS, "measured": {"up_bps": 0.0}}]}, "population[0].measured.up_bps: "),
+        (
+            {"population": [{**PEERS, "measured": {"sessions_hours": [[0.0], [1.0]]}}]},
+            "sessions_hours: write [[from, to]",
+        ),
+        (
+            {"population": [{**PEERS, "measured": {"sessions_hours": [[2.0, 1.0]]}}]},
+            "sessions_hours: write [[from, to]",
+        ),
+        (
+            {"fidelity": "plan", "population": [{**PEERS, "measured": {"sessions_hours": [[0.0]]}}]},
+            "population[0].measured.sessions_hours: fidelity plan has no place for it",
+        ),
         ({"population": [PEERS, PEERS]}, "population: the name `laptops` is there twice"),
         ({"model": {"parameters": 0}}, "model.parameters: "),
         ({"hours": -1}, "hours: "),
@@ -114,6 +131,18 @@ def test_a_population_is_drawn_from_its_seed_alone() -> None:
     both = draw_population(two.population, "europe", 0)
     assert np.array_equal(again.flops, both.flops[:4])
     assert not np.array_equal(again.flops, draw_population(one.population, "europe", 1).flops)
+
+
+def test_what_was_measured_replaces_what_is_drawn() -> None:
+    measured = {"flops": 1e9, "jitter": 0.0, "up_bps": 2e6, "latency_s": 0.05, "dialable": 1.0}
+    drawn = parse(population=[PEERS, {**PEERS, "name": "known", "measured": measured}])
+    population = draw_population(drawn.population, "europe", 0)
+    assert population.flops[4:].tolist() == [1e9] * 4
+    assert population.up_bps[4:].tolist() == [2e6] * 4
+    assert population.latency_s[4:].tolist() == [0.05] * 4
+    assert population.dialable[4:].all()
+    assert len(set(population.down_bps[4:].tolist())) == 4
+    assert len(set(population.flops[:4].tolist())) == 4
 
 
 def test_the_named_attackers_are_those_of_the_population() -> None:
