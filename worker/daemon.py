@@ -26,7 +26,7 @@ from protocol.exchange.throttle import Throttle
 from protocol.invite import decode_invite
 from protocol.wire import coordinator_pb2 as pb
 from worker.contributor import Contributor
-from worker.device import choose_device, describe_device
+from worker.device import choose_device, describe_device, give_memory_back
 from worker.follower import Follower
 from worker.governor.governor import Governor
 from worker.governor.ladder import Decision
@@ -231,6 +231,7 @@ class Worker:
         hashes: list[str] = json.loads(self.store.read(genesis.shard_index_hash))
         trainer = await asyncio.to_thread(self._build_trainer, genesis)
         self._claimed_steps_per_s = await asyncio.to_thread(trainer.benchmark, BENCHMARK_S) * self.options.throttle
+        give_memory_back()
         contributor = Contributor(
             genesis=genesis,
             identity=self.identity,
