@@ -5,7 +5,8 @@ is everything that `run_lease` does: θ into the model, a schedule, a look at `s
 the pseudo-gradient at the end, checked to be finite. The plain loop is written below, as anybody would.
 
 Paired and alternating (plain, worker, worker, plain, …); the figure is the median of the pairs' ratios, so a machine
-that slows down meets both. `ratio > 0.98` is what is asked for.
+that slows down meets both. Beside it the same by the process's own processor seconds, which say more on a machine that
+does other things as well (not of a GPU's time). `ratio > 0.98` is what is asked for.
 """
 
 import os
@@ -49,8 +50,8 @@ class Case:
 
 
 CASES = (
-    Case(name="1m", hidden=128, intermediate=384, layers=5, batch=8, tokens=64, lease_steps=50, pairs=12),
-    Case(name="20m", hidden=384, intermediate=1024, layers=11, batch=8, tokens=128, lease_steps=20, pairs=6),
+    Case(name="1m", hidden=128, intermediate=384, layers=5, batch=8, tokens=64, lease_steps=40, pairs=24),
+    Case(name="20m", hidden=384, intermediate=1024, layers=11, batch=8, tokens=128, lease_steps=20, pairs=8),
 )
 QUICK_CASES = (
     Case(name="1m", hidden=128, intermediate=384, layers=5, batch=8, tokens=64, lease_steps=25, pairs=6),
@@ -64,19 +65,28 @@ def main(argv: list[str] | None = None) -> int:
     threads = set_threads()
     load = os.getloadavg()[0]
     print(f"{describe_device(device)}, {threads} threads, torch {torch.__version__}, load average {load:.1f}")
-    print(f"{'model':>8} {'parameters':>12} {'plain tokens/s':>15} {'worker tokens/s':>16} {'ratio':>7}   pairs")
+    headings = f"{'plain tokens/s':>15} {'worker tokens/s':>16} {'ratio':>7} {'by CPU':>7}   pairs"
+    print(f"{'model':>8} {'parameters':>12} {headings}")
     figures: dict[str, int | float | str] = {"load_average": round(load, 2), "threads": threads, "device": device.type}
     met = True
     for case in QUICK_CASES if options.quick else CASES:
-        plain, worker = measure(case, device)
+        plain_runs, worker_runs = measure(case, device)
+        plain, worker = ([run.tokens / run.wall_s for run in runs] for runs in (plain_runs, worker_runs))
         ratios = [ours / theirs for ours, theirs in zip(worker, plain, strict=True)]
         ratio = statistics.median(ratios)
+        cpu_ratio = statistics.median(
+            theirs.cpu_s / ours.cpu_s for ours, theirs in zip(worker_runs, plain_runs, strict=True)
+        )
         met = met and ratio >= TARGET
         speeds = f"{statistics.median(plain):>15,.0f} {statistics.median(worker):>16,.0f}"
         each = " ".join(f"{value:.3f}" for value in ratios)
-        print(f"{case.name:>8} {count_parameters(case):>12,} {speeds} {ratio:>7.3f}   {each}", flush=True)
+        print(
+            f"{case.name:>8} {count_parameters(case):>12,} {speeds} {ratio:>7.3f} {cpu_ratio:>7.3f}   {each}",
+            flush=True,
+        )
         figures |= {
             f"tokens_ratio_{case.name}": round(ratio, 4),
+            f"tokens_cpu_ratio_{case.name}": round(cpu_ratio, 4),
             f"plain_tokens_per_s_{case.name}": round(statistics.median(plain), 1),
             f"worker_tokens_per_s_{case.name}": round(statistics.median(worker), 1),
         }
@@ -85,8 +95,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(case: Case, device: torch.device) -> tuple[list[float], list[float]]:
-    """Tokens a second of each pair: of the plain loop, and of the worker's trainer."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One lease's steps."""
+
+    tokens: int
+    wall_s: float
+    cpu_s: float
+
+
+def measure(case: Case, device: torch.device) -> tuple[list[Run], list[Run]]:
+    """Of each pair: the plain loop, and the worker's trainer."""
     spec = make_spec(case)
     rows = np.random.default_rng(0).integers(VOCABULARY, size=(case.lease_steps * case.batch, case.tokens + 1))
     shards = np.split(rows.astype(np.int64), case.lease_steps)
@@ -103,19 +122,24 @@ def measure(case: Case, device: torch.device) -> tuple[list[float], list[float]]
         fused=True,
     )
     batches = [torch.from_numpy(shard).to(device) for shard in shards]
-    plain: list[float] = []
-    worker: list[float] = []
+    plain: list[Run] = []
+    worker: list[Run] = []
     num_tokens = case.lease_steps * case.batch * case.tokens
     train_plainly(model, optimizer, batches[:2], device)
     train_as_worker(trainer, theta, shards[:2])
     for pair in range(case.pairs):
         for is_worker in (False, True) if pair % 2 == 0 else (True, False):
-            started_s = time.perf_counter()
+            started_s, started_cpu_s = time.perf_counter(), time.process_time()
             if is_worker:
                 train_as_worker(trainer, theta, shards)
             else:
                 train_plainly(model, optimizer, batches, device)
-            (worker if is_worker else plain).append(num_tokens / (time.perf_counter() - started_s))
+            run = Run(
+                tokens=num_tokens,
+                wall_s=time.perf_counter() - started_s,
+                cpu_s=time.process_time() - started_cpu_s,
+            )
+            (worker if is_worker else plain).append(run)
     return plain, worker
 
 
