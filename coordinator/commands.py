@@ -63,15 +63,19 @@ def start(
 
 
 @app.command()
-def status(folder: FolderArgument = None, as_json: JsonOption = False) -> None:
-    """Phase, round, loss and peers of a running coordinator."""
-    from coordinator.status_view import render_status
+def status(
+    folder: FolderArgument = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C, every 2 seconds.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Whether a running coordinator's run is healthy, and if not, why; phase, round, loss and peers."""
+    from coordinator.status_view import render_status, watch_status
 
-    answer = _operate(folder, "status")
-    if as_json:
-        typer.echo(json.dumps(answer))
+    show = (lambda answer: typer.echo(json.dumps(answer))) if as_json else render_status
+    if watch:
+        watch_status(lambda: _operate(folder, "status"), show if as_json else None)
     else:
-        render_status(answer)
+        show(_operate(folder, "status"))
 
 
 @app.command()

@@ -7,11 +7,13 @@ The run folder can be started again at any time.
 import asyncio
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median, quantiles
 
 import grpc
 import structlog
@@ -28,7 +30,9 @@ from coordinator.payloads import PayloadChecker
 from coordinator.run_folder import RunFolder
 from coordinator.service import CoordinatorService
 from coordinator.sessions import Sessions
-from coordinator.storage.database import Database
+from coordinator.storage.database import Database, RoundRow
+from coordinator.verdict import judge
+from coordinator.witness import Witness
 from protocol.codecs import get_codec
 from protocol.documents import Evaluation, EvaluationReport, Genesis, Invite, OperatorCommand
 from protocol.errors import ConfigError
@@ -85,7 +89,9 @@ class Server:
             )  # raises what is wrong with it
         self.payloads = PayloadChecker(self.store, self.run.num_parameters, self.engine.submit)
         self.sessions = Sessions(self.engine, self.identity, self.run.run_id, self.payloads)
+        self.witness = Witness(self.sessions)
         self._first_loss: float | None = None
+        self._restarted, self._workers_before = bool(self.state.peers), self._count_workers_before()
 
     @property
     def state(self) -> State:
@@ -119,7 +125,8 @@ class Server:
         held_out = next((row.held_out_loss for row in reversed(rounds) if row.held_out_loss is not None), None)
         last_evaluated = rounds[-1].held_out_loss if rounds and self.engine.is_finished() else None
         sessions = {session.peer: session for session in self.sessions.connected()}
-        return {
+        self.witness.look()
+        facts: dict[str, object] = {
             "name": self.run.spec.name,
             "run_id": self.run.run_id,
             "phase": state.phase.value,
@@ -151,15 +158,57 @@ class Server:
                     "credited_tokens": peer.credited_tokens,
                     "accepted": peer.accepted,
                     "refused": peer.refused,
-                    "activity": sessions[peer_id].heartbeat.activity if peer_id in sessions else "",
-                    "bytes_sent": sessions[peer_id].heartbeat.bytes_sent if peer_id in sessions else 0,
+                    "lease": state.round.leases[peer_id].status.value
+                    if state.round and peer_id in state.round.leases
+                    else "",
+                    **self.witness.describe_peer(peer_id, sessions.get(peer_id)),
                 }
                 for peer_id, peer in state.peers.items()
             ],
             "workers": sum(p.role == "worker" and p.status is not PeerStatus.GONE for p in state.peers.values()),
             "page": f"http://{self.spec.coordinator.http}",
             "address": self.address,
+            **self._describe_pace(rounds),
+            **self._describe_coordinator(),
         }
+        return facts | {"verdict": asdict(judge(facts, time.time()))}
+
+    def _describe_pace(self, rounds: Sequence[RoundRow]) -> dict[str, object]:
+        """The open round's clock and the run's, from its last rounds (oldest first). Times are Unix seconds."""
+        state, to_unix_s = self.state, time.time() - self.engine.now_s()
+        round_ = state.round
+        seconds = median(row.seconds for row in rounds[-5:]) if rounds else round_.expected_s if round_ else 0.0
+        span_s = rounds[-1].unix_s - rounds[0].unix_s if rounds else 0.0
+        speed = (rounds[-1].tokens_after - rounds[0].tokens_after) / span_s if span_s > 0.0 else None
+        left = max(0, state.spec.train.tokens - state.tokens_credited)
+        return {
+            "last_merge_unix_s": rounds[-1].unix_s if rounds else None,
+            "round_opened_unix_s": round_.opened_s + to_unix_s if round_ else None,
+            "round_expected_unix_s": round_.opened_s + to_unix_s + seconds if round_ else None,
+            "round_deadline_unix_s": round_.deadline_s + to_unix_s if round_ else None,
+            "tokens_per_s": speed,
+            "eta_s": left / speed if speed else None,
+        }
+
+    def _describe_coordinator(self) -> dict[str, object]:
+        commits = self.engine.commit_seconds
+        return {
+            "started_unix_s": self.engine.started_unix_s,
+            "restarted": self._restarted,
+            "workers_before_restart": self._workers_before,
+            "min_peers": self.state.spec.round.min_peers,
+            "heartbeat_timeout_s": self.state.spec.round.heartbeat_timeout_s,
+            "disk_free_bytes": shutil.disk_usage(self.folder.path).free,
+            "validator_expected": self.validator_command is not None,
+            "commit_p99_s": quantiles(commits, n=100)[-1] if len(commits) > 1 else None,
+            "troubles": self.witness.describe_troubles({peer_id: p.name for peer_id, p in self.state.peers.items()}),
+        }
+
+    def _count_workers_before(self) -> int:
+        """Workers that a restart cut off: those that were there, or, after an orderly stop, those of the last round."""
+        there = sum(p.role == "worker" and p.status is not PeerStatus.GONE for p in self.state.peers.values())
+        last = self.database.read_rounds(last=1)
+        return max(there, last[0].contributions if last else 0)
 
     def _first_held_out_loss(self) -> float | None:
         if self._first_loss is None:
@@ -197,7 +246,8 @@ class Server:
         self.engine.submit(ev.CoordinatorRestarted())
         self._expect_payloads_again()
         self.invite = self.issue_invite()
-        tasks = [asyncio.create_task(self.engine.run(self.sessions), name="engine")]
+        tasks = [asyncio.create_task(self.engine.run(self.witness), name="engine")]
+        tasks.append(asyncio.create_task(self.witness.keep_looking(), name="witness"))
         if page_task is not None:
             tasks.append(page_task)
         if self.validator_command is not None:

@@ -205,9 +205,7 @@ class CoordinatorService(CoordinatorServiceServicer):
                 )
             case "availability":
                 self._engine.submit(
-                    ev.AvailabilityReported(
-                        peer=session.peer, pause_reason=_word(message.availability.pause_reason)
-                    )
+                    ev.AvailabilityReported(peer=session.peer, pause_reason=_word(message.availability.pause_reason))
                 )
             case "lease_return":
                 self._engine.submit(

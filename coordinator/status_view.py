@@ -1,13 +1,21 @@
 """How the coordinator looks in a terminal."""
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+from coordinator.verdict import describe_span
+
+WATCH_EVERY_S = 2.0
+_STYLES = {"healthy": "bold green", "degraded": "bold yellow", "stalled": "bold red"}
 
 
 @contextmanager
@@ -34,18 +42,30 @@ def render_announcement(facts: dict[str, Any], name: str) -> None:
 
 
 def render_status(status: dict[str, Any]) -> None:
-    """Phase, loss and peers as a table."""
-    console = Console()
+    """Verdict, phase, loss and peers."""
+    Console().print(_lay_out(status, time.time()))
+
+
+def watch_status(read_status: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None] | None) -> None:
+    """Read the status every WATCH_EVERY_S until Ctrl-C; `show` it, or without one redraw it in place."""
+    with suppress(KeyboardInterrupt):
+        if show is not None:
+            while True:
+                show(read_status())
+                time.sleep(WATCH_EVERY_S)
+        with Live(_lay_out(read_status(), time.time()), auto_refresh=False, vertical_overflow="crop") as live:
+            while True:
+                time.sleep(WATCH_EVERY_S)
+                live.update(_lay_out(read_status(), time.time()), refresh=True)
+
+
+def _lay_out(status: dict[str, Any], now_unix_s: float) -> RenderableType:
+    """Peers' own words go in as Text, never as markup."""
     percent = 100 * status["tokens"] / max(1, status["tokens_target"])
-    console.print(f"[bold]{status['name']}[/bold]  {status['phase']}: {status['reason']}")
-    console.print(
-        f"round {status['round']}   {status['tokens']:,} of {status['tokens_target']:,} tokens ({percent:.1f} %)   "
-        f"loss {_number(status['train_loss'])}   held-out {_number(status['held_out_loss'])}"
-    )
-    console.print(f"exchange: {status['plan']}" if status["plan"] else "no round was opened yet")
+    eta = f"   {describe_span(status['eta_s'])} to go" if status["eta_s"] and status["phase"] != "finished" else ""
     table = Table("peer", "role", "status", "steps/s", "tokens", "accepted", "refused", "doing", box=None)
     for peer in status["peers"]:
-        table.add_row(
+        cells = (
             peer["name"],
             peer["role"],
             f"paused: {peer['pause_reason']}" if peer["pause_reason"] else peer["status"],
@@ -55,8 +75,39 @@ def render_status(status: dict[str, Any]) -> None:
             str(peer["refused"]),
             peer["activity"],
         )
-    console.print(table)
-    console.print(f"page {status['page']}   ledger head {status['ledger_head'][:16]}")
+        table.add_row(*(_plain(cell) for cell in cells))
+    return Group(
+        _lay_out_verdict(status["verdict"], now_unix_s),
+        _plain(f"{status['name']}  {status['phase']}: {status['reason']}"),
+        f"round {status['round']}   {status['tokens']:,} of {status['tokens_target']:,} tokens ({percent:.1f} %){eta}",
+        f"loss {_number(status['train_loss'])}   held-out {_number(status['held_out_loss'])}   "
+        f"tokens/s {_whole(status['tokens_per_s'])}   last merge {_age(status['last_merge_unix_s'], now_unix_s)}",
+        _plain(f"exchange: {status['plan']}" if status["plan"] else "no round was opened yet"),
+        table,
+        _plain(f"page {status['page']}   ledger head {status['ledger_head'][:16]}"),
+    )
+
+
+def _lay_out_verdict(verdict: dict[str, Any], now_unix_s: float) -> Text:
+    line = Text.assemble((verdict["level"].upper(), _STYLES[verdict["level"]]), "  ", _plain(verdict["cause"]))
+    if verdict["since_unix_s"] is not None:
+        line.append(f"  ({_age(verdict['since_unix_s'], now_unix_s)})", "dim")
+    for other in verdict["also"]:
+        line.append_text(_plain(f"\n  also: {other}"))
+    return line
+
+
+def _plain(words: str) -> Text:
+    """Text that cannot steer the terminal, whoever wrote it."""
+    return Text("".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in words))
+
+
+def _age(unix_s: float | None, now_unix_s: float) -> str:
+    return "-" if unix_s is None else f"{describe_span(now_unix_s - unix_s)} ago"
+
+
+def _whole(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
 
 
 def _number(value: float | None) -> str:

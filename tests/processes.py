@@ -191,7 +191,7 @@ def start_worker(
     settings: Path | None = None,
     options: Sequence[str] = (),
 ) -> Iterator[RunningWorker]:
-    """Start a worker on the loopback interface, without settings one that never pauses. Does not wait till it joined."""
+    """Start a worker on the loopback interface; without settings it never pauses. Does not wait until it has joined."""
     name = name or home.name
     arguments = ["--home", str(home), "--name", name, "--threads", str(threads), "--loopback", "--json", *options]
     arguments += ["--always"] if settings is None else ["--settings", str(settings)]

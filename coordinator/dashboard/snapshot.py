@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator.dashboard.history import RoundHistory
+from coordinator.verdict import describe_span
 
 MAX_PEERS = 100
 MAX_ACTIVITY_CHARS = 60
@@ -41,10 +42,16 @@ class PeerRow:
 class Snapshot:
     """Everything on the page that changes."""
 
-    phase: str
+    level: str
+    level_words: str
+    cause: str
+    since: str
+    also: str
+    announcement: str  # for screen readers: says nothing new while the level and what is wrong stay the same
     phase_words: str
-    reason: str
     round: str
+    clock: str
+    eta: str
     tokens: str
     percent: float
     percent_words: str
@@ -64,15 +71,22 @@ def describe(status: Mapping[str, Any], history: RoundHistory, now_unix_s: float
     """The page's words for Server.status() and the rounds so far."""
     percent = min(100.0, 100.0 * status["tokens"] / status["tokens_target"])
     tokens_per_s = history.tokens_per_s() if status["phase"] in _WORKING else None
+    verdict = status["verdict"]
     merged_s = history.last_merge_unix_s
     peers = status["peers"]
     gone = sum(peer["status"] == "gone" for peer in peers)
     hidden = max(0, len(peers) - MAX_PEERS)
     return Snapshot(
-        phase=status["phase"],
+        level=verdict["level"],
+        level_words=verdict["level"].capitalize(),
+        cause=verdict["cause"],
+        since="" if verdict["since_unix_s"] is None else describe_age(now_unix_s - verdict["since_unix_s"]),
+        also=f"Also: {'; '.join(verdict['also'])}" if verdict["also"] else "",
+        announcement=verdict["level"] + ("" if verdict["level"] == "healthy" else f": {verdict['cause']}"),
         phase_words=PHASES.get(status["phase"], status["phase"]),
-        reason=status["reason"],
         round=f"{status['round']:,}",
+        clock=_describe_clock(status, now_unix_s),
+        eta=UNKNOWN if tokens_per_s is None or status["eta_s"] is None else describe_span(status["eta_s"]),
         tokens=f"{status['tokens']:,} of {status['tokens_target']:,}",
         percent=round(percent, 1),
         percent_words=f"{percent:.1f} %",
@@ -90,14 +104,17 @@ def describe(status: Mapping[str, Any], history: RoundHistory, now_unix_s: float
 
 
 def describe_age(seconds: float) -> str:
-    """A span of time in the two largest units that matter."""
-    whole = max(0, int(seconds))
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if days:
-        return f"{days} d {hours % 24} h ago"
-    if hours:
-        return f"{hours} h {minutes % 60} min ago"
-    return f"{minutes} min ago" if minutes else f"{whole} s ago"
+    """How long ago, in the two largest units that matter."""
+    return f"{describe_span(seconds)} ago"
+
+
+def _describe_clock(status: Mapping[str, Any], now_unix_s: float) -> str:
+    """How far the open round is."""
+    if status["round_opened_unix_s"] is None:
+        return ""
+    gone_s = now_unix_s - status["round_opened_unix_s"]
+    expected_s = status["round_expected_unix_s"] - status["round_opened_unix_s"]
+    return f"{describe_span(gone_s)} of about {describe_span(max(1.0, expected_s))}"
 
 
 def _describe_peer(peer: Mapping[str, Any]) -> PeerRow:

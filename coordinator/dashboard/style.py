@@ -4,12 +4,12 @@ CSS = """
 :root {
   color-scheme: light dark;
   --surface: #ffffff; --page: #f4f5f7; --text: #16191d; --muted: #59616b; --line: #dcdfe4; --accent: #1d63d8;
-  --train: #157f3d; --wait: #9a5b00; --finished: #6d3fc4;
+  --healthy: #157f3d; --degraded: #9a5b00; --stalled: #c0261c;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --surface: #171b21; --page: #0e1116; --text: #e7eaee; --muted: #a0a9b4; --line: #2c333c; --accent: #6ea8fe;
-    --train: #4cc36f; --wait: #f0a93b; --finished: #b08cf5;
+    --healthy: #4cc36f; --degraded: #f0a93b; --stalled: #ff8a80;
   }
 }
 body { background: var(--page) !important; color: var(--text);
@@ -25,11 +25,16 @@ section { background: var(--surface); border: 1px solid var(--line); border-radi
 a { color: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 
-section.verdict { border-left: 6px solid var(--state); --state: var(--wait); }
-.verdict.train, .verdict.merge { --state: var(--train); }
-.verdict.finished { --state: var(--finished); }
-.phase { font-size: 26px; line-height: 1.25; font-weight: 700; color: var(--state); }
-dl { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)) minmax(0, 2fr); gap: 12px 24px; margin-top: 12px; }
+section.verdict { border-left: 6px solid var(--level); --level: var(--degraded); }
+.verdict.healthy { --level: var(--healthy); }
+.verdict.stalled { --level: var(--stalled); }
+.headline { display: flex; align-items: baseline; gap: 12px; }
+.level { font-size: 26px; line-height: 1.25; font-weight: 700; color: var(--level); }
+.cause { font-size: 17px; min-height: 1.5em; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.cause .since { font-size: 14px; margin-left: 8px; white-space: nowrap; }
+.also:empty { display: none; }
+dl { display: grid; grid-template-columns: 1.6fr repeat(3, 1fr) 2.2fr; gap: 12px 24px; margin-top: 12px; }
+dl > div { min-width: 0; }
 dt { font-size: 13px; }
 dd { font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 dd .muted { font-size: 14px; font-weight: 400; margin-left: 8px; }
@@ -73,7 +78,10 @@ footer nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 6px; }
 
 @media (max-width: 760px) {
   .nicegui-content { padding: 12px; }
+  .headline { flex-wrap: wrap; gap: 0 12px; }
+  .cause { min-height: 3em; }
   dl { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 12px; }
+  dl > div:first-child { grid-column: 1 / -1; }
   dd { font-size: 16px; }
   dl .wide { grid-column: 1 / -1; }
   table, tbody, th, td { display: block; }

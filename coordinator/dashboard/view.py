@@ -57,7 +57,7 @@ class View:
         """Bring the page up to date. Elements whose text stays the same are not sent."""
         for name, label in self._texts.items():
             label.text = getattr(snapshot, name)
-        self._phase.classes(replace=f"verdict {snapshot.phase}")
+        self._verdict.classes(replace=f"verdict {snapshot.level}")
         if self._progress.props["value"] != snapshot.percent:
             self._progress.props["value"] = snapshot.percent
         if self._curves != (snapshot.train, snapshot.held_out):
@@ -68,12 +68,23 @@ class View:
         self._show_peers(snapshot.peers)
 
     def _build_verdict(self, snapshot: Snapshot) -> None:
-        with _section("state") as self._phase:
-            _text("h2", "State", "visually-hidden").props("id=state")
-            self._changing("p", "phase_words", snapshot, "phase")
-            self._changing("p", "reason", snapshot, "muted")
+        with _section("verdict") as self._verdict:
+            _text("h2", "Verdict", "visually-hidden").props("id=verdict")
+            self._changing("p", "announcement", snapshot, "visually-hidden").props("role=status aria-live=polite")
+            with _box("p").classes("headline"):
+                self._changing("strong", "level_words", snapshot, "level")
+                self._changing("span", "phase_words", snapshot, "phase muted")
+            with _box("p").classes("cause"):
+                self._changing("span", "cause", snapshot)
+                self._changing("span", "since", snapshot, "since muted")
+            self._changing("p", "also", snapshot, "also muted")
             with _box("dl"):
-                for label, name in (("Round", "round"), ("Tokens/s", "speed"), ("Last merge", "last_merge")):
+                with _box("div"):
+                    _text("dt", "Round")
+                    with _box("dd"):
+                        self._changing("span", "round", snapshot, "round")
+                        self._changing("span", "clock", snapshot, "clock muted")
+                for label, name in (("Last merge", "last_merge"), ("Tokens/s", "speed"), ("To go", "eta")):
                     with _box("div"):
                         _text("dt", label)
                         self._changing("dd", name, snapshot, name)

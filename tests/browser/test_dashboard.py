@@ -59,6 +59,15 @@ def make_status(**changes: Any) -> dict[str, Any]:
         "round_seconds": 1.0,
         "ledger_head": "ab",
         "peers": [],
+        "verdict": {"level": "healthy", "cause": "", "since_unix_s": None, "also": ()},
+        "round_opened_unix_s": None,
+        "round_expected_unix_s": None,
+        "last_merge_unix_s": None,
+        "eta_s": None,
+        "disk_free_bytes": 1 << 40,
+        "validator_expected": True,
+        "commit_p99_s": None,
+        "started_unix_s": 0.0,
     }
     return {**status, **changes}
 
@@ -73,6 +82,7 @@ def make_peer(name: str, status: str) -> dict[str, Any]:
         "status": status,
         "pause_reason": "",
         "activity": "",
+        "connected": status != "gone",
         **counts,
     }
 

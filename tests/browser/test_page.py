@@ -124,6 +124,9 @@ def test_page_follows_the_run_without_reload_when_it_stays_open(
 
         assert driver.execute_script("return window.neverReloaded")
         assert read(driver, ".phase") in PHASES.values()
+        assert read(driver, ".level") == "Healthy"
+        announcer = driver.find_element(By.CSS_SELECTOR, "[role=status][aria-live=polite]")
+        assert announcer.get_property("textContent") == "healthy"
         names = [cell.text for cell in driver.find_elements(By.CSS_SELECTOR, "tbody th")]
         assert {*WORKERS, "validator"} <= set(names)
         assert read(driver, ".invite") == run.invite

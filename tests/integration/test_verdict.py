@@ -1,0 +1,90 @@
+"""The verdict names what happened to real processes, soon: killed, stopped and restarted ones."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.processes import RunningCoordinator, RunningWorker, start_coordinator, start_worker, wait_until
+
+NAMED_WITHIN_S = 15.0
+LONG: dict[str, Any] = {
+    "train": {"tokens": 100_000_000},
+    "round": {"inner_steps": 40, "heartbeat_timeout_s": 10.0},
+}
+
+
+def ask(coordinator: RunningCoordinator) -> dict[str, Any]:
+    """`coordinator status --json`, as an operator's script would."""
+    command = [sys.executable, "-m", "manyhands", "coordinator", "status", str(coordinator.folder), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    status: dict[str, Any] = json.loads(done.stdout)
+    return status
+
+
+def expect(coordinator: RunningCoordinator, cause: str, act: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """Wait until the verdict's cause matches, after `act`; print how long that took."""
+    seen: set[str] = set()
+
+    def is_named() -> dict[str, Any] | None:
+        verdict: dict[str, Any] = ask(coordinator)["verdict"]
+        seen.add(verdict["cause"])
+        return verdict if re.search(cause, verdict["cause"]) else None
+
+    act()
+    began_s = time.monotonic()
+    try:
+        verdict = wait_until(is_named, NAMED_WITHIN_S, every_s=0.2)
+    except AssertionError as error:
+        raise AssertionError(f"{cause!r} was not named; {seen}") from error
+    assert verdict is not None
+    print(f"{time.monotonic() - began_s:4.1f} s: {verdict['level']}: {verdict['cause']}")  # noqa: T201 # a figure
+    return verdict
+
+
+def wait_for_workers(coordinator: RunningCoordinator, count: int) -> None:
+    wait_until(lambda: coordinator.status()["workers"] == count and coordinator.status()["round"] >= 2, 60)
+
+
+def signal_group(worker: RunningWorker, number: signal.Signals) -> None:
+    os.killpg(worker.pid, number)
+
+
+def test_verdict_names_the_worker_when_it_stalls_or_is_killed(tmp_path: Path) -> None:
+    with (
+        start_coordinator(tmp_path / "run", options=["--no-validator"], **LONG) as coordinator,
+        start_worker(coordinator.invite, tmp_path / "ada"),
+        start_worker(coordinator.invite, tmp_path / "ben") as ben,
+        start_worker(coordinator.invite, tmp_path / "cyd") as cyd,
+    ):
+        wait_for_workers(coordinator, 3)
+        assert expect(coordinator, r"round \d+: \d of 3 workers train")["level"] == "healthy"
+        verdict = expect(coordinator, "worker ben stalls", lambda: signal_group(ben, signal.SIGSTOP))
+        assert verdict["level"] == "degraded"
+        expect(coordinator, "worker ben was lost: nothing was heard from it")
+        signal_group(ben, signal.SIGCONT)
+        expect(coordinator, r"round \d+: \d of 3 workers train")
+        verdict = expect(coordinator, "worker cyd was lost: its connection ended", cyd.kill)
+        assert verdict["level"] == "degraded"
+
+
+def test_verdict_names_validator_and_restart_when_they_are_killed(tmp_path: Path) -> None:
+    with start_coordinator(tmp_path / "run", **LONG) as first, start_worker(first.invite, tmp_path / "ada"):
+        wait_for_workers(first, 1)
+        wait_until(lambda: any(p["role"] == "validator" and p["connected"] for p in first.status()["peers"]), 60)
+        children = psutil.Process(first.pid).children()
+        validator = next(child for child in children if "validate" in child.cmdline())
+        verdict = expect(first, "the validator is gone", validator.kill)
+        assert verdict["level"] == "degraded"
+        first.kill()
+        with start_coordinator(tmp_path / "run", options=["--no-validator"]) as again:
+            expect(again, r"the coordinator was restarted; \d of 1 workers are back")
+            expect(again, "1 of 1 workers are back")
