@@ -113,7 +113,8 @@ class Engine:
         deadline_s = machine.next_deadline(self.state)
         timeout_s = None if deadline_s is None else max(0.0, deadline_s - self.now_s())
         try:
-            first = await asyncio.wait_for(self._queue.get(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for would drop a cancellation that comes with an event
+                first = await self._queue.get()
         except TimeoutError:
             return [_Submission(ev.TimerFired(), (), None)]
         submissions = [first]
