@@ -26,7 +26,14 @@ from protocol.documents import (
     sign,
 )
 from protocol.envelope import pack, unpack
-from protocol.errors import ConnectionFailedError, InviteError, MissingBlobError, RefusedError, VerificationError
+from protocol.errors import (
+    ConnectionFailedError,
+    InviteError,
+    ManyhandsError,
+    MissingBlobError,
+    RefusedError,
+    VerificationError,
+)
 from protocol.exchange.dial import dial
 from protocol.exchange.source import UNLIMITED, BlobSink
 from protocol.exchange.store import BlobStore
@@ -89,6 +96,7 @@ class CoordinatorLink:
         self._uploads = uploads
         self.protocol_version = PROTOCOL_VERSION
         self._outbox: asyncio.Queue[pb.PeerMessage | None] = asyncio.Queue()
+        self._read: asyncio.Future[pb.CoordinatorMessage] | None = None  # under way
         self._metadata: tuple[tuple[str, str], ...] = ()
         self.genesis: Genesis
         self.welcome: pb.Welcome
@@ -102,6 +110,9 @@ class CoordinatorLink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._outbox.put_nowait(None)
+        if self._read is not None:
+            self._read.cancel()
+            await asyncio.gather(self._read, return_exceptions=True)
         await self._channel.close(grace=1.0)
 
     async def join(self, introduction: Introduction) -> pb.Welcome:
@@ -151,10 +162,14 @@ class CoordinatorLink:
             yield await self._receive(None)
 
     async def _receive(self, timeout_s: float | None) -> pb.CoordinatorMessage:
+        # Whoever is cancelled here must still be able to say goodbye, and gRPC ends a call whose read is cancelled.
+        self._read = self._read or asyncio.ensure_future(anext(self._messages))
+        done, _ = await asyncio.wait({self._read}, timeout=timeout_s)
+        if not done:
+            raise ConnectionFailedError(f"{self._invite.address} does not answer")
+        read, self._read = self._read, None
         try:
-            message = await asyncio.wait_for(anext(self._messages), timeout_s)
-        except TimeoutError as error:
-            raise ConnectionFailedError(f"{self._invite.address} does not answer") from error
+            message = read.result()
         except StopAsyncIteration as error:
             raise ConnectionFailedError("the coordinator ended the session") from error
         except grpc.aio.AioRpcError as error:
@@ -171,8 +186,10 @@ class CoordinatorLink:
     async def drain(self, timeout_s: float = 5.0) -> None:
         """Send what is queued, end the session and wait until the coordinator has taken it."""
         self._outbox.put_nowait(None)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._call.code(), timeout_s)
+        with suppress(TimeoutError, ManyhandsError):  # the last message raises, too: the session is over then
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    await self._receive(None)
 
     async def _outgoing(self) -> AsyncIterator[pb.PeerMessage]:
         while (message := await self._outbox.get()) is not None:
