@@ -22,7 +22,7 @@ from coordinator.core import events as ev
 from coordinator.core.effects import RefusePeer
 from coordinator.engine import Committed, Engine
 from coordinator.payloads import PayloadChecker
-from coordinator.sessions import PeerSession, Sessions
+from coordinator.sessions import SESSION_ENDED, PeerSession, Sessions
 from coordinator.storage.database import Database
 from protocol.codecs import get_codec
 from protocol.documents import (
@@ -124,7 +124,7 @@ class CoordinatorService(CoordinatorServiceServicer):
             reader.cancel()
             session.closed = True
             if self._sessions.remove(session):
-                self._engine.submit(ev.PeerLeft(peer=session.peer, reason="the session ended"))
+                self._engine.submit(ev.PeerLeft(peer=session.peer, reason=session.goodbye or SESSION_ENDED))
                 log.info("left", peer=session.peer, name=session.name)
 
     async def _read_join(self, messages: AsyncIterator[pb.PeerMessage], nonce: str) -> tuple[JoinRequest, Invite]:
@@ -169,7 +169,8 @@ class CoordinatorService(CoordinatorServiceServicer):
         """Turn a peer's messages into events until it leaves, falls silent or says something malformed."""
         try:
             while True:
-                message = await asyncio.wait_for(anext(messages), self._run.spec.round.heartbeat_timeout_s)
+                async with asyncio.timeout(self._run.spec.round.heartbeat_timeout_s):  # see Engine._next_submissions
+                    message = await anext(messages)
                 self._take(message, session)
                 if message.WhichOneof("message") == "leaving":
                     break
@@ -220,7 +221,8 @@ class CoordinatorService(CoordinatorServiceServicer):
             case "evaluation":
                 self._take_evaluation(unpack(message.evaluation), session)
             case "leaving":
-                log.info("leaving", peer=session.peer, reason=_limited(message.leaving.reason, 200))
+                session.goodbye = _limited(message.leaving.reason, 200) or "it said goodbye"
+                log.info("leaving", peer=session.peer, reason=session.goodbye)
             case other:
                 raise VerificationError(f"not a message for this moment: {other}")
 

@@ -24,6 +24,7 @@ from protocol.wire import coordinator_pb2 as pb
 
 log = structlog.get_logger()
 OUTBOX_MESSAGES = 1_000
+SESSION_ENDED = "the session ended"  # why a peer left that did not say
 MAX_STATE_SOURCES = 4
 MAX_PAYLOAD_PEERS = 32
 
@@ -41,6 +42,7 @@ class PeerSession:
     outbox: asyncio.Queue[pb.CoordinatorMessage | None] = field(default_factory=lambda: asyncio.Queue(OUTBOX_MESSAGES))
     heartbeat: pb.Heartbeat = field(default_factory=pb.Heartbeat)
     closed: bool = False
+    goodbye: str = ""  # why the peer leaves, once it has said so
 
     def send(self, **message: object) -> None:
         """Queue a message; a peer whose outbox is full is closed."""

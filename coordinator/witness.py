@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from coordinator.core import effects as fx
 from coordinator.core import events as ev
 from coordinator.engine import Committed
-from coordinator.sessions import PeerSession, Sessions
+from coordinator.sessions import SESSION_ENDED, PeerSession, Sessions
 from protocol.wire import coordinator_pb2 as pb
 
 LOOK_EVERY_S = 1.0
@@ -29,7 +29,7 @@ class _Pulse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """A peer's session ended and nothing was said before that would explain it."""
+    """A peer's session ended without goodbye."""
 
     unix_s: float
     held_lease: bool
@@ -57,7 +57,6 @@ class Witness:
         self._losses: dict[str, Loss] = {}
         self._troubles: dict[str, Trouble] = {}  # the last of each kind
         self._holding: set[str] = set()  # peers with a lease to which nothing was committed yet
-        self._excused: set[str] = set()  # peers that gave their lease back or paused: they may leave
         self._round = 0
 
     def carry_out(self, committed: Committed) -> None:
@@ -108,32 +107,24 @@ class Witness:
             case ev.PeerJoined():
                 self._losses.pop(event.peer, None)
                 self._pulses.pop(event.peer, None)
-                self._excused.discard(event.peer)
             case ev.PeerLeft():
-                self._note_leave(event.peer)
-            case ev.LeaseReturned():
+                self._note_leave(event.peer, said_goodbye=event.reason != SESSION_ENDED)
+            case ev.LeaseReturned() | ev.ContributionCommitted():
                 self._holding.discard(event.peer)
-                self._excused.add(event.peer)
-            case ev.ContributionCommitted():
-                self._holding.discard(event.peer)
-            case ev.AvailabilityReported():
-                (self._excused.add if event.pause_reason else self._excused.discard)(event.peer)
 
-    def _note_leave(self, peer: str) -> None:
+    def _note_leave(self, peer: str, *, said_goodbye: bool) -> None:
         pulse = self._pulses.pop(peer, None)
-        if peer not in self._excused:
+        if not said_goodbye:
             silent_s = time.monotonic() - pulse.heard_s if pulse else 0.0
             held_lease = peer in self._holding
             self._losses[peer] = Loss(unix_s=time.time(), held_lease=held_lease, silent_s=round(silent_s, 1))
         self._holding.discard(peer)
-        self._excused.discard(peer)
 
     def _note_effect(self, effect: fx.Effect) -> None:
         match effect:
             case fx.GrantLease():
                 self._round = effect.round
                 self._holding.add(effect.peer)
-                self._excused.discard(effect.peer)
             case fx.JudgeContribution(accepted=False):
                 self._note_trouble("refused", effect.peer, effect.reason)
             case fx.RequestResync():

@@ -74,6 +74,9 @@ def test_verdict_names_the_worker_when_it_stalls_or_is_killed(tmp_path: Path) ->
         expect(coordinator, r"round \d+: \d of 3 workers train")
         verdict = expect(coordinator, "worker cyd was lost: its connection ended", cyd.kill)
         assert verdict["level"] == "degraded"
+        assert ben.stop() == 0
+        (gone,) = [peer for peer in ask(coordinator)["peers"] if peer["name"] == "ben"]
+        assert (gone["connected"], gone["lost"]) == (False, None)  # it said goodbye
 
 
 def test_verdict_names_validator_and_restart_when_they_are_killed(tmp_path: Path) -> None:
