@@ -36,6 +36,11 @@ def running_pid(run: RunHome) -> int | None:
     return int(str(pid)) if is_running(pid) and _is_locked(run) else None
 
 
+def list_pids(home: Path) -> list[int]:
+    """The processes of all workers that keep their things in `home`."""
+    return [pid for run in list_runs(home) if (pid := running_pid(run)) is not None]
+
+
 def find_runs(home: Path, which: str | None) -> list[RunHome]:
     """The runs in `home`: all, or those whose id begins with `which` or whose name is `which`.
 

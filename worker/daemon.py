@@ -25,6 +25,7 @@ from protocol.exchange.source import Source
 from protocol.exchange.throttle import Throttle
 from protocol.invite import decode_invite
 from protocol.wire import coordinator_pb2 as pb
+from worker.background import list_pids
 from worker.contributor import Contributor
 from worker.device import choose_device, describe_device, give_memory_back
 from worker.follower import Follower
@@ -36,7 +37,7 @@ from worker.governor.reasons import PauseReason
 from worker.governor.sensors import Sensors, SystemSensors
 from worker.governor.traffic import TrafficMeter
 from worker.group_merger import GroupMerger
-from worker.home import RunHome, list_pids
+from worker.home import RunHome
 from worker.lease_work import LeaseWork
 from worker.link import CoordinatorLink, Introduction
 from worker.saved_work import SavedWork
@@ -90,7 +91,6 @@ class Worker:
         self._online = asyncio.Event()
         self._online.set()
         self._offline = asyncio.Event()
-        self._leaving_because = "stopped by its owner"
         self._downloads = Throttle(None)
         self._traffic = TrafficMeter(self.home.home / "traffic.json")
         self._counted = 0, 0  # bytes that the traffic meter knows of
@@ -201,7 +201,8 @@ class Worker:
         except asyncio.CancelledError:
             if self._work is not None:
                 self._work.hand_back("the worker stops")
-            link.send(leaving=pb.Leaving(reason=self._leaving_because))
+            why = f"paused: {self.status.pause_reason}" if self._offline.is_set() else "stopped by its owner"
+            link.send(leaving=pb.Leaving(reason=why))
             await link.drain()
             raise
         finally:
@@ -302,11 +303,9 @@ class Worker:
         self.status.pause_reason = reason.value if reason else ""
         self.status.pause_detail = decision.detail if reason else ""
         if reason in SPARING_NETWORK:
-            self._leaving_because = f"paused: {self.status.pause_reason}"
             self._online.clear()
             self._offline.set()
         else:
-            self._leaving_because = "stopped by its owner"
             self._offline.clear()
             self._online.set()
         if self._link is not None:

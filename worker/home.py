@@ -111,16 +111,6 @@ def list_runs(home: Path) -> list[RunHome]:
     return [RunHome(home, path.name) for path in sorted(folder.iterdir())] if folder.is_dir() else []
 
 
-def list_pids(home: Path) -> list[int]:
-    """The processes of all workers that keep their things there, this one among them."""
-    pids = {os.getpid()}
-    for run in list_runs(home):
-        pid = run.read_status().get("pid")
-        if is_running(pid):
-            pids.add(int(str(pid)))
-    return sorted(pids)
-
-
 def is_running(pid: object) -> bool:
     """Whether a process with this id is there."""
     try:

@@ -10,7 +10,6 @@ often, so that it never takes more than a small share of the time.
 import time
 from pathlib import Path
 
-import structlog
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -22,7 +21,6 @@ from protocol.errors import VerificationError
 from worker.disk import write_tensors
 from worker.optimizers import InnerOptimizer
 
-log = structlog.get_logger()
 MOST_OF_THE_TIME = 0.05  # that saving takes
 
 

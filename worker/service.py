@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from protocol.errors import ConfigError, ManyhandsError
 from protocol.exchange.store import naming_full_disks
+from worker.governor.preferences import default_path
 from worker.home import RunHome
 
 LABEL = "org.manyhands.worker"
@@ -99,14 +98,9 @@ class Service:
         return self.path.name if self.path.suffix == ".service" else self.path.stem
 
 
-def settings_path() -> Path:
-    """The volunteer's preferences, for all runs."""
-    return platformdirs.user_config_path("manyhands") / "worker.toml"
-
-
 def render_unit(run: RunHome, options: Sequence[str], *, systemd_version: int) -> str:
     """The systemd user unit of a worker whose invite is in its run's folder. options: of `worker start`."""
-    settings = settings_path().parent
+    settings = default_path().parent
     writable = [run.home.absolute(), settings]
     # what the governor listens to: the session's bus and its display
     sockets = ["-%t/bus", "-%t/wayland-0", "-/tmp/.X11-unix", f"-{_escape(str(Path.home() / '.Xauthority'))}"]
@@ -168,7 +162,7 @@ def install(run: RunHome, options: Sequence[str]) -> Service:
         content = render_plist(run, options)
     else:
         service = Service(path=_units_folder() / f"manyhands-{short}.service", home=run.home)
-        settings_path().parent.mkdir(parents=True, exist_ok=True)  # what is bound must be there
+        default_path().parent.mkdir(parents=True, exist_ok=True)  # what is bound must be there
         content = render_unit(run, options, systemd_version=systemd_version()).encode()
     with naming_full_disks(service.path.parent):
         service.path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +192,7 @@ def purge(home: Path) -> list[Path]:
             shutil.rmtree(path)
         else:
             path.unlink()
-    for folder in (home, settings_path().parent):
+    for folder in (home, default_path().parent):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return found
@@ -207,7 +201,7 @@ def purge(home: Path) -> list[Path]:
 def list_data(home: Path) -> list[Path]:
     """What `purge` removes: the runs with their logs, the key, what the governor keeps, the settings."""
     names = ("runs", "identity.key", "pause.json", "traffic.json", "traffic.lock")
-    return [path for path in (*(home / name for name in names), settings_path()) if path.exists()]
+    return [path for path in (*(home / name for name in names), default_path()) if path.exists()]
 
 
 def systemd_version() -> int:

@@ -93,5 +93,4 @@ def test_killed_worker_goes_on_with_what_it_had_done(tmp_path: Path) -> None:
             assert status["accepted"] > before["accepted"]  # the receipts of both
             log = "".join(path.read_text() for path in home.glob("runs/*/worker.log"))
             assert "goes on with the work of the last time" in log
-            assert coordinator.status()["digests"]
     assert json.loads(manyhands("verify", str(tmp_path / "run"), "--json"))["rounds"] > 3

@@ -100,7 +100,7 @@ def test_foreign_units_are_left_alone_when_services_are_looked_for(run: RunHome,
 def test_purge_leaves_what_is_not_the_workers(run: RunHome) -> None:
     run.identity()
     (run.home / "holiday.jpg").write_text("mine")
-    service.settings_path().write_text("")
+    service.default_path().write_text("")
     assert len(service.purge(run.home)) == 3
     assert [path.name for path in run.home.iterdir()] == ["holiday.jpg"]
 
