@@ -129,7 +129,8 @@ class CoordinatorService(CoordinatorServiceServicer):
 
     async def _read_join(self, messages: AsyncIterator[pb.PeerMessage], nonce: str) -> tuple[JoinRequest, Invite]:
         """The verified first message. Raises InviteError or another ManyhandsError with the sentence for the peer."""
-        message = await asyncio.wait_for(anext(messages), HANDSHAKE_TIMEOUT_S)
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+            message = await anext(messages)
         if message.WhichOneof("message") != "join_request":
             raise VerificationError("a session begins with a join request")
         signed = unpack(message.join_request)
@@ -317,7 +318,8 @@ class CoordinatorService(CoordinatorServiceServicer):
         started_s = time.monotonic()
         session = await self._authenticate(context)
         try:
-            first = await asyncio.wait_for(anext(request_iterator), HANDSHAKE_TIMEOUT_S)
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                first = await anext(request_iterator)
             size = self._allowed_size(first, session)
             if size is None:
                 return pb.PushBlobReply(stored=False, reason="nobody announced this blob")

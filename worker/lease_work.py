@@ -163,6 +163,8 @@ class LeaseWork:
                 return
             if trained.shards:
                 done = await self.contributor.encode(lease, trained, residual)
+                if asyncio.current_task() is not self._task:  # the round was closed, or the worker stops
+                    return
                 self._show("sending")
                 self._sending = True
                 await self._deliver(*done)

@@ -268,7 +268,9 @@ class CoordinatorLink:
         stream = call.__aiter__()
         try:
             while True:
-                yield await asyncio.wait_for(anext(stream), CHUNK_TIMEOUT_S)
+                async with asyncio.timeout(CHUNK_TIMEOUT_S):  # wait_for would lose a cancellation that comes with data
+                    chunk = await anext(stream)
+                yield chunk
         except StopAsyncIteration:
             return
         except TimeoutError as error:

@@ -36,6 +36,11 @@ def wait_for(
     return wait_until(look, timeout_s)
 
 
+def receipts(home: Path) -> int:
+    (status,) = json.loads(manyhands("worker", "status", "--home", str(home), "--json"))
+    return int(status["accepted"])
+
+
 def settings(tmp_path: Path, more: str = "") -> Path:
     path = tmp_path / "worker.toml"
     path.write_text(QUIET + more)
@@ -89,8 +94,9 @@ def test_killed_worker_goes_on_with_what_it_had_done(tmp_path: Path) -> None:
         with start_worker(coordinator.invite, home) as again:
             after = wait_for(coordinator, again, lambda peer: peer["accepted"] > before["accepted"] + 2)
             assert after["refused"] == 0
-            (status,) = json.loads(manyhands("worker", "status", "--home", str(home), "--json"))
-            assert status["accepted"] > before["accepted"]  # the receipts of both
+            wait_until(
+                lambda: receipts(home) > before["accepted"], 30, every_s=0.5
+            )  # those of both; they come after the merge
             log = "".join(path.read_text() for path in home.glob("runs/*/worker.log"))
             assert "goes on with the work of the last time" in log
     assert json.loads(manyhands("verify", str(tmp_path / "run"), "--json"))["rounds"] > 3

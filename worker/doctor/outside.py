@@ -130,7 +130,8 @@ async def _greet(channel: grpc.aio.Channel, address: str) -> list[Finding]:
     health = health_pb2_grpc.HealthStub(channel)
     durations_s = []
     try:
-        challenge = (await asyncio.wait_for(anext(call.__aiter__()), TIMEOUT_S)).challenge
+        async with asyncio.timeout(TIMEOUT_S):
+            challenge = (await anext(call.__aiter__())).challenge
         for _ in range(NUM_PINGS):
             started_s = time.perf_counter()
             await health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
