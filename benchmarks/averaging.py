@@ -43,7 +43,7 @@ from benchmarks.figures import Figure, parse_options, write_figures
 
 MILLION = 1_000_000
 NUM_ROUNDS, NUM_UNCOUNTED = 7, 2
-MAX_SPOILT = 4  # hivemind may form smaller groups: such a round is played again
+MAX_SPOILT = 4  # hivemind may form smaller groups, an all-reduce may break off: such a round is played again
 SHARE_TIMEOUT_S = 600.0
 REFERENCE_PEERS = 4
 LINK_MBPS = 100
@@ -72,7 +72,7 @@ class Outcome:
     phases_cpu_s: dict[str, float]  # mean over peers, of the peer's own process; where it was told
     equal: bool  # bit for bit at all peers, in all rounds
     difference: float  # the largest between two peers in the last round, in a sample, over the largest value
-    spoilt_rounds: int  # hivemind: rounds in which the peers did not all meet
+    spoilt_rounds: int  # in which the peers did not all meet
 
 
 async def measure(system: str, num_peers: int, num_parameters: int, inside: Sequence[str] = ()) -> Outcome:

@@ -183,6 +183,7 @@ async def run_sparse(index: int, num_peers: int, num_parameters: int, folder: Pa
 
 async def run_butterfly(index: int, num_peers: int, num_parameters: int, folder: Path) -> None:
     """manyhands' all-reduce for trusted groups, float16."""
+    from protocol.errors import ManyhandsError
     from protocol.exchange.butterfly import ButterflyGroup, average_butterfly, group_id_of
     from protocol.exchange.butterfly.streams import FrameStream
 
@@ -206,10 +207,13 @@ async def run_butterfly(index: int, num_peers: int, num_parameters: int, folder:
             sent[0] = 0
             await share_async("begin")
             watch = Stopwatch()
-            average = await average_butterfly(node, group=group, vector=vector, codec="float16")
+            try:
+                average, met = await average_butterfly(node, group=group, vector=vector, codec="float16"), num_peers
+            except ManyhandsError:  # it broke off, for everybody: a round to play again
+                average, met = vector, 0
             watch.lap("all-reduce and digests")
             watch.stop()
-            await asyncio.to_thread(report, watch, average, sent[0], folder)
+            await asyncio.to_thread(report, watch, average, sent[0], folder, group=met)
 
 
 def run_hivemind(codec: str, index: int, num_peers: int, num_parameters: int, folder: Path) -> None:

@@ -34,6 +34,10 @@ class ErrorFeedback:
         """e <- e - decode(payload). Call it when a manifest has accepted the payload, and only then."""
         codec_of(payload).accumulate(payload, -1.0, self._residual)
 
+    def forget(self) -> None:
+        """e <- 0: what it held was sent by other means, or is not known to be unsent."""
+        self._residual.fill(0.0)
+
     def state(self) -> Vector:
         """A copy of e, to be kept over a restart."""
         return self._residual.copy()

@@ -32,6 +32,10 @@ SeedOption = Annotated[
         "--seed", help="Serve everybody's payloads: for machines with a public address and bandwidth to spare."
     ),
 ]
+CheckpointOption = Annotated[
+    int,
+    typer.Option(min=0, help="Save the work in hand every so many inner steps; 0: at the end of a lease, of minutes."),
+]
 AlwaysOption = Annotated[
     bool, typer.Option("--always", help="Compute always: no settings, no sensors, no pauses. For servers and trials.")
 ]
@@ -52,6 +56,7 @@ def start(
     home: HomeOption = None,
     loopback: Annotated[bool, typer.Option("--loopback", help="Serve other workers on this machine only.")] = False,
     seed: SeedOption = False,
+    checkpoint_steps: CheckpointOption = 0,
     always: AlwaysOption = False,
     settings: SettingsOption = None,
     detach: Annotated[bool, typer.Option("--detach", help="Compute in the background; return once joined.")] = False,
@@ -73,7 +78,7 @@ def start(
     text, run_home = _open_run(invite, home)
     name = name or _default_name()
     if detach:
-        options = _options(name, device, threads, throttle, seed, always, settings)
+        options = _options(name, device, threads, throttle, seed, checkpoint_steps, always, settings)
         options += ["--loopback"] if loopback else []
         _start_in_background(run_home, text, [*options, *_home_option(home)], home)
         return
@@ -100,6 +105,7 @@ def start(
         preferences_path=preferences_path,
         public=not loopback,
         seed=seed,
+        checkpoint_steps=checkpoint_steps,
     )
     with _failures_logged(), LiveView(run_home, as_json=as_json) as view:
         worker = Worker(text, run_home, worker_options, on_status=view.update)
@@ -262,6 +268,7 @@ def install_service(
     threads: ThreadsOption = None,
     throttle: ThrottleOption = 1.0,
     seed: SeedOption = False,
+    checkpoint_steps: CheckpointOption = 0,
     always: AlwaysOption = False,
     settings: SettingsOption = None,
     home: HomeOption = None,
@@ -286,7 +293,8 @@ def install_service(
     if running_pid(run) is not None:
         raise ConfigError("a worker of this run is running already; `manyhands worker stop`, then install the service")
     write_invite(run, text)
-    service = install(run, _options(name or _default_name(), device, threads, throttle, seed, always, settings))
+    name = name or _default_name()
+    service = install(run, _options(name, device, threads, throttle, seed, checkpoint_steps, always, settings))
     typer.echo(f"{service.name} is enabled and started ({service.path}); `manyhands worker status` shows what it does")
     if service.path.suffix == ".service":
         typer.echo("`loginctl enable-linger` lets it compute while you are not logged in")
@@ -375,6 +383,7 @@ def _options(
     threads: int | None,
     throttle: float,
     seed: bool,
+    checkpoint_steps: int,
     always: bool,
     settings: Path | None,
 ) -> list[str]:
@@ -383,6 +392,7 @@ def _options(
     options += ["--threads", str(threads)] if threads is not None else []
     options += ["--settings", str(settings.absolute())] if settings is not None else []
     options += ["--seed"] if seed else []
+    options += ["--checkpoint-steps", str(checkpoint_steps)] if checkpoint_steps else []
     return [*options, "--always"] if always else options
 
 

@@ -34,6 +34,7 @@ from protocol.shard_format import decode_shard
 from protocol.signing import Signed
 from worker.link import CoordinatorLink
 from worker.optimizers import InnerOptimizer
+from worker.saved_lease import HeldLease, LeaseFacts, SavedLease
 from worker.saved_work import Pending, SavedWork, Unlisted
 from worker.trainer import StepReport, Trainer, TrainResult
 
@@ -67,7 +68,9 @@ class Contributor:
         shard_hashes: Sequence[str],
         throttle: Callable[[], float] = lambda: 1.0,
         saved: SavedWork,
+        saved_lease: SavedLease,
     ) -> None:
+        self.held: HeldLease | None = None  # a lease that a process before this one left in the middle
         self.pending: Pending | None = None
         self.carried: tuple[ShardRef, ...] = ()
         self.steps_trained = 0
@@ -80,6 +83,7 @@ class Contributor:
         self._shard_hashes = shard_hashes
         self._throttle = throttle
         self._saved = saved
+        self._saved_lease = saved_lease
         self._feedback = ErrorFeedback(genesis.num_parameters)
         self._rows: dict[str, NDArray[np.int64]] = {}  # by hash: the shards of the lease
         self._weights = np.zeros(genesis.num_parameters, np.float32)
@@ -88,9 +92,9 @@ class Contributor:
         self._is_ahead = False  # the model stands where training ahead has led
         self._lead_shards: tuple[ShardRef, ...] = ()
 
-    def compute_deadline_s(self, lease: Lease) -> float:
-        """When a lease that has just come must be trained, by the monotonic clock."""
-        return time.monotonic() + lease.deadline_in_s - self._genesis.spec.round.exchange_s
+    def compute_deadline_s(self, lease: Lease, age_s: float = 0.0) -> float:
+        """When a lease that came `age_s` ago must be trained, by the monotonic clock."""
+        return time.monotonic() - age_s + lease.deadline_in_s - self._genesis.spec.round.exchange_s
 
     async def fetch(self, lease: Lease, link: CoordinatorLink) -> None:
         """Have a lease's shards at hand. Raises ManyhandsError when they are not to be had."""
@@ -103,11 +107,20 @@ class Contributor:
         self._rows = rows
 
     async def train(
-        self, lease: Lease, state: State, *, should_stop: Callable[[], bool], on_step: Callable[[StepReport], None]
+        self,
+        lease: Lease,
+        state: State,
+        *,
+        held: HeldLease | None = None,
+        should_stop: Callable[[], bool],
+        on_step: Callable[[StepReport], None],
     ) -> Trained:
-        """Do the inner steps of a lease whose shards were fetched. `should_stop` is asked between them."""
+        """Do the inner steps of a lease whose shards were fetched. `should_stop` is asked between them.
+
+        held: the same lease in the middle, to go on with.
+        """
         self._keep_unlisted()
-        return await asyncio.to_thread(self._train, lease, state, should_stop, on_step)
+        return await asyncio.to_thread(self._train, lease, state, held, should_stop, on_step)
 
     async def keep(self, lease: Lease, state: State, trained: Trained) -> Vector:
         """Take what was trained into the error feedback e; returns e, float32 (D,), valid until the next time.
@@ -138,10 +151,13 @@ class Contributor:
 
     def restore(self) -> int | None:
         """Take up what a process before this one saved: the round that it was saved for, None when there is nothing."""
+        held = self._saved_lease.load()
+        if held is not None and held.displacement.shape == self._displacement.shape:
+            self.held = held
         try:
             found = self._saved.load(self._trainer.optimizer)
             if found is None:
-                return None
+                return self.held.lease.round if self.held else None
             unlisted, residual = found
             if unlisted.pending is not None and not self._store.has(unlisted.pending.payload_hash):
                 raise VerificationError("the payload that was sent last is gone")
@@ -168,13 +184,34 @@ class Contributor:
             self._feedback.settle(self._store.read(pending.payload_hash))
             self.pending, self.carried = None, ()
             return True
+        if any(entry.peer == self._identity.peer_id for entry in manifest.contributions):
+            # Of a process before this one, which ended before it was saved: what was saved is older, and was sent.
+            self._feedback.forget()
+            self.pending, self.carried = None, ()
+            if self.held is not None and self.held.lease.round == manifest.round:
+                self.held = None
         self._keep_unlisted()
         return False
+
+    def take_held(self, base_digest: str) -> HeldLease | None:
+        """The lease of the last time, if it is from this state: it can be gone on with. Else its work is kept.
+
+        Then it is in the error feedback, for the next contribution.
+        """
+        held, self.held = self.held, None
+        if held is None or held.lease.base_digest == base_digest:
+            return held
+        try:
+            self._feedback.compensate(held.displacement, 1.0)
+        except PayloadError as error:
+            log.warning("the lease in hand of the last time is not taken up", error=str(error))
+        return None
 
     def _save(self, round_: int, optimizer: InnerOptimizer | None) -> None:
         unlisted = Unlisted(round=round_, pending=self.pending, carried=self.carried)
         try:
             self._saved.save(unlisted, self._feedback.state(), optimizer)
+            self._saved_lease.drop()  # what it held is in the other file now
         except DiskFullError as error:
             log.warning("the work so far cannot be saved", error=str(error))
 
@@ -184,16 +221,38 @@ class Contributor:
             self.carried, self.pending = self.pending.shards[:MAX_CARRIED], None
 
     def _train(
-        self, lease: Lease, state: State, should_stop: Callable[[], bool], on_step: Callable[[StepReport], None]
+        self,
+        lease: Lease,
+        state: State,
+        held: HeldLease | None,
+        should_stop: Callable[[], bool],
+        on_step: Callable[[StepReport], None],
     ) -> Trained:
+        received_unix_s = held.facts.received_unix_s if held else time.time()
         lead_shards, self._lead_shards = self._lead_shards, ()
-        if self._is_ahead and self._start is not None:
+        if held is not None:
+            lead_shards = held.facts.lead_shards
+            parameters.assign(self._trainer.model, state.theta - held.displacement)
+        elif self._is_ahead and self._start is not None:
             np.subtract(state.theta, self._start, out=self._displacement)
             parameters.shift(self._trainer.model, self._displacement)
         else:
             parameters.assign(self._trainer.model, state.theta)
         self._is_ahead, self._start = False, None
-        result = self._run(lease.shards, lease.tokens_before, lease.round_tokens, should_stop, on_step)
+
+        def note_step(step: StepReport) -> None:
+            if self._saved_lease.is_due(step.inner_step, step.num_inner_steps):
+                facts = LeaseFacts(
+                    lease=lease,
+                    received_unix_s=received_unix_s,
+                    steps_done=step.inner_step,
+                    lead_shards=lead_shards,
+                )
+                self._save_lease(facts, state)
+            on_step(step)
+
+        steps_done = held.facts.steps_done if held else 0
+        result = self._run(lease.shards, lease.tokens_before, lease.round_tokens, should_stop, note_step, steps_done)
         weights = parameters.flatten(self._trainer.model, into=self._weights)
         self.steps_per_s = result.steps_per_s
         shards = (*lease.shards[: result.shards_done], *lead_shards, *self.carried)
@@ -206,6 +265,15 @@ class Contributor:
             compute_s=result.compute_s,
             weights=weights,
         )
+
+    def _save_lease(self, facts: LeaseFacts, state: State) -> None:
+        weights = parameters.flatten(self._trainer.model, into=self._weights)
+        np.subtract(state.theta, weights, out=self._displacement)
+        try:
+            self._saved_lease.save(HeldLease(facts, self._displacement))
+            self._saved.save_optimizer(self._trainer.optimizer)
+        except DiskFullError as error:
+            log.warning("the lease so far cannot be saved", error=str(error))
 
     def _keep(self, state: State, trained: Trained, *, is_ahead: bool) -> Vector:
         np.subtract(state.theta, trained.weights, out=self._displacement)
@@ -234,6 +302,7 @@ class Contributor:
         round_tokens: int,
         should_stop: Callable[[], bool],
         on_step: Callable[[StepReport], None],
+        steps_done: int = 0,
     ) -> TrainResult:
         result = self._trainer.train(
             [self._rows[self._shard_hashes[ref.index]] for ref in refs],
@@ -243,8 +312,9 @@ class Contributor:
             should_stop=should_stop,
             on_step=on_step,
             throttle=self._throttle(),
+            steps_done=steps_done,
         )
-        self.steps_trained += result.inner_steps
+        self.steps_trained += result.inner_steps - steps_done
         return result
 
     def _encode(self, lease: Lease, trained: Trained, residual: Vector) -> tuple[Contribution, Signed]:

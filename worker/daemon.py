@@ -40,6 +40,7 @@ from worker.group_merger import GroupMerger
 from worker.home import RunHome
 from worker.lease_work import LeaseWork
 from worker.link import CoordinatorLink, Introduction
+from worker.saved_lease import SavedLease
 from worker.saved_work import SavedWork
 from worker.status import WorkerStatus
 from worker.trainer import StepReport, Trainer
@@ -62,6 +63,7 @@ class WorkerOptions:
     preferences_path: Path | None = None  # the volunteer's settings; None: compute always, whatever the machine does
     public: bool = True  # listen on all interfaces, or on loopback alone
     seed: bool = False  # serve everybody's payloads
+    checkpoint_steps: int = 0  # inner steps after which a lease in hand is saved; 0: at its end
     retry_for_s: float = 24 * 3600.0  # how long a coordinator that went away is tried again
 
 
@@ -85,6 +87,7 @@ class Worker:
         self._invite: Invite
         self._invite, self._coordinator_key = decode_invite(self.invite_text)
         self._work: LeaseWork | None = None  # from the first join on
+        self._saved_lease = SavedLease(self.home.folder, self.options.checkpoint_steps)
         self._finished = False
         self._kept_state = ""
         self._link: CoordinatorLink | None = None  # while joined
@@ -158,12 +161,14 @@ class Worker:
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _introduce(self) -> Introduction:
+        held = self._saved_lease.load() if self._work is None else None
+        lease = held.lease if held else self._work.lease if self._work else None
         return Introduction(
             name=self.options.name,
             device=describe_device(choose_device(self.options.device)),
             software=f"manyhands {version('manyhands')} {platform.system()}"[:64],
             addresses=self._node.addresses,
-            lease_id=self._work.lease.lease_id if self._work and self._work.lease else None,
+            lease_id=lease.lease_id if lease else None,
             seed=self.options.seed,
         )
 
@@ -194,6 +199,7 @@ class Worker:
             await self._work.close_round(int(link.welcome.round) - 1)  # if that was while this worker was cut off
             await self._catch_up(link)
             self._work.attach(link)
+            await self._work.go_on(self._follower.state)
             async for message in link.messages():
                 await self._take(message, link, self._work)
                 if self._finished:
@@ -241,6 +247,7 @@ class Worker:
             shard_hashes=hashes,
             throttle=lambda: self.throttle,
             saved=SavedWork(self.home.folder),
+            saved_lease=self._saved_lease,
         )
         saved_round = await asyncio.to_thread(contributor.restore)
         if saved_round is not None:

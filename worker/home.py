@@ -3,6 +3,7 @@
 identity.key            this machine's key, for all runs
 runs/RUN_ID/blobs/      shards, states, payloads
 runs/RUN_ID/receipts.jsonl  what the coordinator signed for accepted work
+runs/RUN_ID/{work,optimizer,lease}.safetensors  what is done and not yet credited: worker.saved_work, worker.saved_lease
 runs/RUN_ID/status.json what it is doing now       runs/RUN_ID/lock    held while it runs
 """
 

@@ -20,6 +20,7 @@ from protocol.signing import Signed
 from protocol.wire import coordinator_pb2 as pb
 from worker.contributor import Contributor
 from worker.link import CoordinatorLink
+from worker.saved_lease import HeldLease
 from worker.trainer import StepReport
 
 log = structlog.get_logger()
@@ -72,19 +73,20 @@ class LeaseWork:
     def idle(self) -> bool:
         return all(task is None or task.done() for task in (self._task, self._ahead))
 
-    async def begin(self, lease: Lease, state: State | None) -> None:
+    async def begin(self, lease: Lease, state: State | None, held: HeldLease | None = None) -> None:
         """Work on a lease from `state`, and no longer on an earlier one; one that builds on another is handed back.
 
-        Its shards are fetched first, while what is trained ahead goes on.
+        Its shards are fetched first, while what is trained ahead goes on. held: that lease in the middle.
         """
-        deadline_s = self.contributor.compute_deadline_s(lease)
+        age_s = max(0.0, time.time() - held.facts.received_unix_s) if held else 0.0
+        deadline_s = self.contributor.compute_deadline_s(lease, age_s)
         problem = await self._prepare(lease, state)
         await self.end()
         if problem or state is None:
             self._return(lease, problem)
             return
         self.lease, self._stopped, self._last_step = lease, False, None
-        self._task = asyncio.create_task(self._fulfil(lease, state, deadline_s))
+        self._task = asyncio.create_task(self._fulfil(lease, state, held, deadline_s))
 
     async def _prepare(self, lease: Lease, state: State | None) -> str:
         """Why the lease cannot be worked on; empty when it can."""
@@ -104,6 +106,13 @@ class LeaseWork:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             await ahead
+
+    async def go_on(self, state: State | None) -> None:
+        """Go on with the lease that a process before this one left in the middle, if there is one from this state."""
+        held = self.contributor.take_held(state.digest if state else "")
+        if held is not None:
+            log.info("goes on with a lease", lease=held.lease.lease_id, after_steps=held.facts.steps_done)
+            await self.begin(held.lease, state, held)
 
     async def close_round(self, round_: int) -> None:
         """A round is over: its lease is not delivered any more. Training ahead goes on until the next lease."""
@@ -146,13 +155,14 @@ class LeaseWork:
         if self._linked.is_set():
             self._link.send(lease_return=pb.LeaseReturn(lease_id=lease.lease_id, reason=reason[:200]))
 
-    async def _fulfil(self, lease: Lease, state: State, deadline_s: float) -> None:
+    async def _fulfil(self, lease: Lease, state: State, held: HeldLease | None, deadline_s: float) -> None:
         """Train, encode, deliver. A failure hands the lease back and is told, not raised."""
         try:
             self._show("training")
             trained = await self.contributor.train(
                 lease,
                 state,
+                held=held,
                 should_stop=lambda: not self._may_go_on(deadline_s),
                 on_step=self._note_step,
             )

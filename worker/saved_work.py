@@ -62,9 +62,13 @@ class SavedWork:
         facts = torch.frombuffer(bytearray(unlisted.model_dump_json().encode()), dtype=torch.uint8)
         write_tensors(self._work_path, {"residual": torch.from_numpy(residual), "unlisted": facts})
         if optimizer is not None:
-            optimizer.save(self._optimizer_path)
+            self.save_optimizer(optimizer)
         now_s = time.monotonic()
         self._next_s = now_s + (now_s - started_s) / MOST_OF_THE_TIME
+
+    def save_optimizer(self, optimizer: InnerOptimizer) -> None:
+        """Replace the second file alone. Raises DiskFullError."""
+        optimizer.save(self._optimizer_path)
 
     def load(self, optimizer: InnerOptimizer) -> tuple[Unlisted, Vector] | None:
         """What `save` kept, the optimizer's state being put into `optimizer`; None when there is nothing.
@@ -72,6 +76,8 @@ class SavedWork:
         Raises VerificationError when a file is damaged or another model's.
         """
         if not self._work_path.exists():
+            if self._optimizer_path.exists():  # from the middle of the first lease
+                optimizer.load(self._optimizer_path)
             return None
         try:
             tensors = load_file(self._work_path)

@@ -157,8 +157,12 @@ class Trainer:
         should_stop: Callable[[], bool],
         on_step: Callable[[StepReport], None],
         throttle: float = 1.0,
+        steps_done: int = 0,
     ) -> TrainResult:
-        """Train from where the model stands, else as `run_lease`; the model is left where it has come to."""
+        """Train from where the model stands, else as `run_lease`; the model is left where it has come to.
+
+        steps_done: inner steps of these shards that were made before; they are counted, but not made again.
+        """
         if not 0.0 < throttle <= 1.0:
             raise ValueError(f"throttle is a share of the time above 0 and at most 1, not {throttle}")
         batches = self._cut(shards)
@@ -170,8 +174,9 @@ class Trainer:
 
         started_s = time.perf_counter()
         with seeded(self.device, _hash(shards)):
-            progress = self._train(batches, learning_rate, should_stop, on_step, 1.0 / throttle - 1.0)
-        return self._conclude(progress, time.perf_counter() - started_s)
+            progress = _Progress(steps=steps_done)
+            self._train(progress, batches, learning_rate, should_stop, on_step, 1.0 / throttle - 1.0)
+        return self._conclude(progress, progress.steps - steps_done, time.perf_counter() - started_s)
 
     def evaluate(self, theta: NDArray[np.float32] | None, rows: NDArray[np.int64], batch: int) -> float:
         """The mean loss in nats a token of int64 rows (N, T + 1), `batch` at a time, without dropout, in float32.
@@ -225,14 +230,14 @@ class Trainer:
 
     def _train(
         self,
+        progress: "_Progress",
         batches: Sequence[Tensor],
         learning_rate: Callable[[int], float],
         should_stop: Callable[[], bool],
         on_step: Callable[[StepReport], None],
         sleep_per_compute: float,
-    ) -> "_Progress":
-        progress = _Progress()
-        for batch in batches:
+    ) -> None:
+        for batch in batches[progress.steps :]:
             if should_stop():
                 break
             rate = learning_rate(progress.steps)
@@ -250,7 +255,6 @@ class Trainer:
                 )
             )
             _sleep(step.compute_s * sleep_per_compute, should_stop)
-        return progress
 
     def _make_step(self, rows: Tensor, optimizer: InnerOptimizer, learning_rate: float) -> "_Step":
         """One inner step on rows (B, T + 1); without a finite loss and gradient the parameters stay as they are."""
@@ -294,8 +298,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.train.gradient_clip)
         return total.item(), norm.item()
 
-    def _conclude(self, progress: "_Progress", wall_s: float) -> TrainResult:
-        if progress.steps and not progress.losses:
+    def _conclude(self, progress: "_Progress", steps_now: int, wall_s: float) -> TrainResult:
+        if steps_now and not progress.losses:
             raise DivergedError(_DIVERGED)
         shards_done = progress.steps // self.spec.data.shard_steps
         return TrainResult(
@@ -305,7 +309,7 @@ class Trainer:
             mean_loss=statistics.fmean(progress.losses) if progress.losses else math.nan,
             last_loss=progress.losses[-1] if progress.losses else math.nan,
             compute_s=progress.compute_s,
-            steps_per_s=progress.steps / wall_s if progress.steps else 0.0,
+            steps_per_s=steps_now / wall_s if steps_now else 0.0,
         )
 
     def _cut(self, shards: Sequence[NDArray[np.int64]]) -> list[Tensor]:

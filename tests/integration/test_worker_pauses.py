@@ -41,6 +41,10 @@ def receipts(home: Path) -> int:
     return int(status["accepted"])
 
 
+def worker_log(home: Path) -> str:
+    return "".join(path.read_text() for path in home.glob("runs/*/worker.log"))
+
+
 def settings(tmp_path: Path, more: str = "") -> Path:
     path = tmp_path / "worker.toml"
     path.write_text(QUIET + more)
@@ -97,6 +101,21 @@ def test_killed_worker_goes_on_with_what_it_had_done(tmp_path: Path) -> None:
             wait_until(
                 lambda: receipts(home) > before["accepted"], 30, every_s=0.5
             )  # those of both; they come after the merge
-            log = "".join(path.read_text() for path in home.glob("runs/*/worker.log"))
-            assert "goes on with the work of the last time" in log
+            assert "goes on with the work of the last time" in worker_log(home)
     assert json.loads(manyhands("verify", str(tmp_path / "run"), "--json"))["rounds"] > 3
+
+
+def test_killed_worker_goes_on_in_the_middle_of_its_lease(tmp_path: Path) -> None:
+    long_lease = {"round": {"inner_steps": 4000, "min_peers": 2}, "train": LONG["train"]}
+    options = ("--checkpoint-steps", "50")
+    with (
+        start_coordinator(tmp_path / "run", **long_lease) as coordinator,
+        start_worker(coordinator.invite, tmp_path / "ben") as ben,  # keeps the round open
+    ):
+        home = tmp_path / "ada"
+        with start_worker(coordinator.invite, home, options=options) as ada:
+            wait_for(coordinator, ada, lambda peer: peer["inner_step"] > 100)
+        with start_worker(coordinator.invite, home, options=options) as again:
+            wait_until(lambda: "goes on with a lease" in worker_log(home), 60)
+            assert wait_for(coordinator, again, lambda peer: peer["connected"])["lease"] == "open"
+            assert ben.is_alive()

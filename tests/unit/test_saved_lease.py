@@ -1,0 +1,162 @@
+"""A worker that ends in the middle of a lease: the one that comes after it goes on, or keeps what was trained."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from protocol import parameters
+from protocol.documents import PROTOCOL_VERSION, Genesis, Lease, ShardRef
+from protocol.exchange.store import BlobStore
+from protocol.identity import Identity
+from protocol.replica import State
+from protocol.run_spec import RunSpec
+from protocol.shard_format import encode_shard
+from worker.contributor import Contributor, Trained
+from worker.saved_lease import SavedLease
+from worker.saved_work import SavedWork
+from worker.trainer import StepReport, Trainer
+
+SPEC = RunSpec.model_validate(
+    {
+        "name": "held",
+        "model": {
+            "config": {
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+            }
+        },
+        "data": {"source": "text", "sequence_length": 8, "shard_steps": 2},
+        "train": {"tokens": 100_000, "batch_sequences": 2, "optimizer": "adamw"},
+    }
+)
+VOCABULARY, NUM_SHARDS = 32, 4
+IDENTITY = Identity.generate()
+HASH, RUN_ID = "0" * 64, "0" * 16
+
+
+class Process:
+    """What one process of a worker has, in a folder that the next one finds."""
+
+    def __init__(self, folder: Path) -> None:
+        store = BlobStore(folder / "blobs")
+        shape = (SPEC.data.shard_steps * SPEC.train.batch_sequences, SPEC.data.sequence_length + 1)
+        rng = np.random.default_rng(0)
+        shards = [encode_shard(rng.integers(VOCABULARY, size=shape), VOCABULARY) for _ in range(NUM_SHARDS)]
+        hashes = [store.put(shard) for shard in shards]
+        trainer = Trainer(SPEC, VOCABULARY, torch.device("cpu"))
+        self.state = State(7, parameters.flatten(trainer.model))
+        self.contributor = Contributor(
+            genesis=Genesis(
+                run_id=RUN_ID,
+                seq=0,
+                previous=HASH,
+                protocol_version=PROTOCOL_VERSION,
+                spec=SPEC,
+                created_unix_s=1_800_000_000,
+                num_parameters=trainer.num_parameters,
+                initial_digest=HASH,
+                model_config_hash=HASH,
+                tokenizer_hash=None,
+                shard_index_hash=HASH,
+                held_out_hash=HASH,
+                num_shards=NUM_SHARDS,
+                vocabulary_size=VOCABULARY,
+            ),
+            identity=IDENTITY,
+            store=store,
+            trainer=trainer,
+            shard_hashes=hashes,
+            saved=SavedWork(folder),
+            saved_lease=SavedLease(folder, every_steps=3),
+        )
+
+    @property
+    def lease(self) -> Lease:
+        return Lease(
+            run_id=RUN_ID,
+            lease_id=5,
+            peer=IDENTITY.peer_id,
+            round=self.state.round,
+            base_digest=self.state.digest,
+            shards=tuple(ShardRef(pass_index=0, index=index) for index in range(NUM_SHARDS)),
+            steps_per_shard=SPEC.data.shard_steps,
+            deadline_in_s=60.0,
+            tokens_before=0,
+            round_tokens=1000,
+            codec="float32",
+            codec_options={},
+        )
+
+    async def train(self, *, held: Any = None, die_after: int = 0) -> Trained:
+        """The whole lease, or until the process dies."""
+        seen = 0
+
+        def note(step: StepReport) -> None:
+            nonlocal seen
+            seen = step.inner_step
+            if seen == die_after:
+                raise KeyboardInterrupt
+
+        link = cast(Any, SimpleNamespace(fetch_small_blobs=self._has_them))
+        await self.contributor.fetch(self.lease, link)
+        return await self.contributor.train(self.lease, self.state, held=held, should_stop=lambda: False, on_step=note)
+
+    async def _has_them(self, *_: Any) -> None: ...
+
+
+async def test_lease_goes_on_from_where_it_was_saved(tmp_path: Path) -> None:
+    whole = await Process(tmp_path / "whole").train()
+    with pytest.raises(KeyboardInterrupt):
+        await Process(tmp_path).train(die_after=5)
+    process = Process(tmp_path)
+    assert process.contributor.restore() == 7
+    held = process.contributor.take_held(process.state.digest)
+    assert held is not None
+    assert held.facts.steps_done == 3
+    resumed = await process.train(held=held)
+    assert resumed.shards == whole.shards
+    assert resumed.inner_steps == whole.inner_steps == 8
+    assert process.contributor.steps_trained == 5
+    np.testing.assert_allclose(resumed.weights, whole.weights, atol=1e-6)
+
+
+async def test_work_of_a_round_that_is_over_goes_into_the_error_feedback(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        await Process(tmp_path).train(die_after=5)
+    process = Process(tmp_path)
+    process.contributor.restore()
+    displacement = process.contributor.held.displacement.copy() if process.contributor.held else None
+    assert displacement is not None
+    assert np.abs(displacement).max() > 0
+    assert process.contributor.take_held("f" * 64) is None
+    later = Process(tmp_path)
+    await process.contributor.save(8, at_end=True)
+    later.contributor.restore()
+    assert later.contributor.held is None  # it is in the other file now, once
+    np.testing.assert_array_equal(later.contributor._feedback.state(), displacement)
+
+
+async def test_what_was_sent_before_the_crash_is_not_sent_again(tmp_path: Path) -> None:
+    first = Process(tmp_path)
+    trained = await first.train()
+    residual = await first.contributor.keep(first.lease, first.state, trained)
+    await first.contributor.save(6, at_end=True)
+    header, _ = await first.contributor.encode(first.lease, trained, residual)
+    process = Process(tmp_path)
+    process.contributor.restore()
+    assert process.contributor._feedback.state().any()
+    manifest = SimpleNamespace(round=7, contributions=(header,))
+    assert not process.contributor.settle(cast(Any, manifest))
+    assert not process.contributor._feedback.state().any()
+
+
+def test_damaged_file_is_told_and_not_used(tmp_path: Path) -> None:
+    (tmp_path / "lease.safetensors").write_bytes(b"what is this")
+    assert SavedLease(tmp_path).load() is None
