@@ -13,7 +13,6 @@ import structlog
 from protocol.codecs import get_codec
 from protocol.documents import MergeOrder
 from protocol.errors import ButterflyError, ConnectionFailedError, ManyhandsError
-from protocol.exchange.butterfly import ButterflyGroup, ButterflyTimeouts, average_butterfly
 from protocol.exchange.fetch import fetch_blobs
 from protocol.exchange.peer import PeerNode
 from protocol.exchange.piece_index import has_index, make_piece_index
@@ -93,6 +92,9 @@ class GroupMerger:
         self, order: MergeOrder, notice: pb.MergeOrderNotice, contributor: Contributor, link: CoordinatorLink
     ) -> bytes:
         """Butterfly: the group's mean, by all-reduce with its peers."""
+        # here, since it brings 45 MB of hivemind, which other runs do without
+        from protocol.exchange.butterfly import ButterflyGroup, ButterflyTimeouts, average_butterfly
+
         vector = await asyncio.to_thread(contributor.contributed, order.round)
         peers = tuple(entry.peer for entry in order.contributions)
         if len(peers) > 1:
@@ -102,8 +104,14 @@ class GroupMerger:
                 weights=tuple(entry.weight for entry in order.contributions),
                 addresses={source.peer: tuple(source.addresses) for source in notice.sources},
             )
+            timeouts = ButterflyTimeouts(  # such that a silent peer is found out with time left for another attempt
+                start_s=order.deadline_in_s / 4,
+                sender_s=order.deadline_in_s / 6,
+                reducer_s=order.deadline_in_s / 4,
+                round_s=order.deadline_in_s,
+            )
             vector = await average_butterfly(
-                self._node, group=group, vector=vector, codec=order.codec, timeouts=_timeouts(order.deadline_in_s)
+                self._node, group=group, vector=vector, codec=order.codec, timeouts=timeouts
             )
         return await asyncio.to_thread(get_codec(order.codec).encode, vector)
 
@@ -111,10 +119,3 @@ class GroupMerger:
 def _group_id(order: MergeOrder) -> str:
     facts = ["butterfly", order.run_id, order.round, order.group, order.attempt]
     return hashlib.sha256(canonical_json(facts)).hexdigest()
-
-
-def _timeouts(deadline_in_s: float) -> ButterflyTimeouts:
-    """Such that a peer that is silent is found out with time left for another attempt."""
-    return ButterflyTimeouts(
-        start_s=deadline_in_s / 4, sender_s=deadline_in_s / 6, reducer_s=deadline_in_s / 4, round_s=deadline_in_s
-    )
