@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,38 +11,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protocol.errors import ConfigError, InviteError, ManyhandsError
+from protocol.errors import ConfigError, ManyhandsError
+from worker import service_commands as services
 from worker.governor import commands as governor
+from worker.options import (
+    AlwaysOption,
+    CheckpointOption,
+    DeviceOption,
+    HomeOption,
+    InviteArgument,
+    JsonOption,
+    NameOption,
+    RunArgument,
+    SeedOption,
+    SettingsOption,
+    ThreadsOption,
+    ThrottleOption,
+    default_name,
+    open_run,
+    read_invite,
+    start_options,
+)
 
 if TYPE_CHECKING:
     from worker.home import RunHome
 
 app = typer.Typer(help="Lend this machine to a run.", no_args_is_help=True)
-
-InviteArgument = Annotated[str, typer.Argument(help="The invite, or a file that holds it.")]
-RunArgument = Annotated[str | None, typer.Argument(help="One of several runs: its name, or how its id begins.")]
-NameOption = Annotated[str | None, typer.Option(help="The name that the leaderboard shows.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core.")]
-ThrottleOption = Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the time to compute.")]
-SeedOption = Annotated[
-    bool,
-    typer.Option(
-        "--seed", help="Serve everybody's payloads: for machines with a public address and bandwidth to spare."
-    ),
-]
-CheckpointOption = Annotated[
-    int,
-    typer.Option(min=0, help="Save the work in hand every so many inner steps; 0: at the end of a lease, of minutes."),
-]
-AlwaysOption = Annotated[
-    bool, typer.Option("--always", help="Compute always: no settings, no sensors, no pauses. For servers and trials.")
-]
-SettingsOption = Annotated[
-    Path | None, typer.Option(help="The settings file; see `worker settings`. Default: the platform's place.")
-]
-HomeOption = Annotated[Path | None, typer.Option(help="Where the worker keeps its key and data.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 @app.command()
@@ -75,10 +68,10 @@ def start(
 
       manyhands worker start mh1.Q2x… --detach        and then: manyhands worker status
     """
-    text, run_home = _open_run(invite, home)
-    name = name or _default_name()
+    text, run_home = open_run(invite, home)
+    name = name or default_name()
     if detach:
-        options = _options(name, device, threads, throttle, seed, checkpoint_steps, always, settings)
+        options = start_options(name, device, threads, throttle, seed, checkpoint_steps, always, settings)
         options += ["--loopback"] if loopback else []
         _start_in_background(run_home, text, [*options, *_home_option(home)], home)
         return
@@ -221,7 +214,7 @@ def doctor(
 
       manyhands worker doctor mh1.Q2x… --join
     """
-    text = _read_invite(invite) if invite is not None else None
+    text = read_invite(invite) if invite is not None else None
     if join and text is None:
         raise ConfigError("--join needs an invite: `manyhands worker doctor INVITE --join`")
     if threads is not None:
@@ -237,7 +230,7 @@ def doctor(
     with Console(stderr=True).status("looking") as progress:
         checkup = Checkup(
             home=home or default_home(),
-            name=_default_name(),
+            name=default_name(),
             device_name=device,
             page=page,
             join=join,
@@ -258,86 +251,8 @@ app.command()(governor.pause)
 app.command()(governor.resume)
 app.command("set")(governor.set_)
 app.command()(governor.settings)
-
-
-@app.command("install-service")
-def install_service(
-    invite: InviteArgument,
-    name: NameOption = None,
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    throttle: ThrottleOption = 1.0,
-    seed: SeedOption = False,
-    checkpoint_steps: CheckpointOption = 0,
-    always: AlwaysOption = False,
-    settings: SettingsOption = None,
-    home: HomeOption = None,
-) -> None:
-    """Have this machine start the worker by itself: a systemd user unit, on macOS a launchd agent. Needs no root.
-
-    The unit is sandboxed, and computes with what other programs leave over. The invite is kept in a file that only you
-    can read.
-
-    Examples:
-
-      manyhands worker install-service mh1.Q2x…
-
-      manyhands worker install-service mh1.Q2x… --name attic-server --throttle 0.5
-
-      loginctl enable-linger        on Linux: compute also while nobody is logged in
-    """
-    from worker.background import running_pid, write_invite
-    from worker.service import install
-
-    text, run = _open_run(invite, home)
-    if running_pid(run) is not None:
-        raise ConfigError("a worker of this run is running already; `manyhands worker stop`, then install the service")
-    write_invite(run, text)
-    name = name or _default_name()
-    service = install(run, _options(name, device, threads, throttle, seed, checkpoint_steps, always, settings))
-    typer.echo(f"{service.name} is enabled and started ({service.path}); `manyhands worker status` shows what it does")
-    if service.path.suffix == ".service":
-        typer.echo("`loginctl enable-linger` lets it compute while you are not logged in")
-
-
-@app.command()
-def uninstall(
-    run: Annotated[str | None, typer.Argument(help="How the id of one of several runs begins.")] = None,
-    purge: Annotated[bool, typer.Option("--purge", help="Remove data, logs, settings and the key, too.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    home: HomeOption = None,
-) -> None:
-    """Stop and remove what `install-service` wrote; with --purge also everything that workers wrote on this machine.
-
-    Credit belongs to the key: once that is gone, nobody can add to it.
-
-    Examples:
-
-      manyhands worker uninstall
-
-      manyhands worker uninstall 1f2e3d4c
-
-      manyhands worker uninstall --purge --yes
-    """
-    from worker.home import default_home
-    from worker.service import find_services
-    from worker.service import uninstall as remove
-
-    if purge and run is not None:
-        raise ConfigError("--purge removes what all runs share; leave the run out")
-    services = find_services(run)
-    if run is not None and not services:
-        raise ConfigError(f"no service of a run {run!r} is installed here; `manyhands worker uninstall` removes all")
-    homes = [home] if home is not None else sorted({default_home(), *(service.home for service in services)})
-    if purge and not yes:
-        _confirm_purge(homes)
-    for service in services:
-        remove(service)
-        typer.echo(f"removed {service.path}")
-    if not services:
-        typer.echo("no service is installed here")
-    if purge:
-        _purge(homes)
+app.command("install-service")(services.install_service)
+app.command()(services.uninstall)
 
 
 @app.command("initialize-model", hidden=True)
@@ -363,37 +278,8 @@ def validate(
     from worker.validator import Validator
 
     set_threads(1)
-    validator = Validator(_read_invite(str(invite_path)), home, blobs, checkpoints)
+    validator = Validator(read_invite(str(invite_path)), home, blobs, checkpoints)
     asyncio.run(_run_until_stopped(validator))
-
-
-def _open_run(invite: str, home: Path | None) -> "tuple[str, RunHome]":
-    """The invite's text, and where its run lives on this machine. Raises InviteError."""
-    from protocol.invite import decode_invite
-    from worker.home import RunHome, default_home
-
-    text = _read_invite(invite)
-    document, _ = decode_invite(text, now_unix_s=time.time())
-    return text, RunHome((home or default_home()).absolute(), document.run_id)
-
-
-def _options(
-    name: str,
-    device: str,
-    threads: int | None,
-    throttle: float,
-    seed: bool,
-    checkpoint_steps: int,
-    always: bool,
-    settings: Path | None,
-) -> list[str]:
-    """The options of another `worker start` that does the same."""
-    options = ["--name", name, "--device", device, "--throttle", str(throttle)]
-    options += ["--threads", str(threads)] if threads is not None else []
-    options += ["--settings", str(settings.absolute())] if settings is not None else []
-    options += ["--seed"] if seed else []
-    options += ["--checkpoint-steps", str(checkpoint_steps)] if checkpoint_steps else []
-    return [*options, "--always"] if always else options
 
 
 def _home_option(home: Path | None) -> list[str]:
@@ -430,48 +316,8 @@ def _failures_logged() -> Iterator[None]:
     log.info("the worker stopped")
 
 
-def _confirm_purge(homes: Sequence[Path]) -> None:
-    from worker.service import list_data
-
-    found = {path for home in homes for path in list_data(home)}
-    if found:
-        typer.echo("This removes for good: " + ", ".join(map(str, sorted(found))))
-        typer.confirm("Go on?", abort=True)
-
-
-def _purge(homes: Sequence[Path]) -> None:
-    from worker.background import stop_workers
-    from worker.home import list_runs
-    from worker.service import purge
-
-    for home in homes:
-        stop_workers(list_runs(home))
-        for path in purge(home):
-            typer.echo(f"removed {path}")
-
-
 async def _run_until_stopped(runner: Any) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, runner.stopping.set)
     await runner.run()
-
-
-def _read_invite(text: str) -> str:
-    if text.startswith("mh1."):
-        return text
-    path = Path(text)
-    try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InviteError(f"{text[:40]!r} is neither an invite (mh1.…) nor a file that holds one") from error
-
-
-def _default_name() -> str:
-    import getpass
-    import platform
-
-    try:
-        return f"{getpass.getuser()}@{platform.node()}"[:64]
-    except OSError as error:
-        raise ConfigError("this account has no name; give one with --name") from error
