@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format proto chaos scenarios clean
+.PHONY: help setup demo test check format proto chaos scenarios screenshots clean
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ scenarios: $(READY) ## every scenario of the simulator in its short form, with r
 	for file in simulations/scenarios/*.toml; do \
 	  name=$$(basename $$file .toml); echo "== $$name"; \
 	  $(BIN)/manyhands simulate $$name --short --out manyhands-simulations/short/$$name || exit 1; done
+
+screenshots: $(READY) ## docs/images/dashboard-*.png, from a real run (needs chromium and chromedriver)
+	$(BIN)/python -m tests.browser.screenshots
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

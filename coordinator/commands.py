@@ -17,6 +17,9 @@ app = typer.Typer(help="Start a run and look after it.", no_args_is_help=True)
 
 RunArgument = Annotated[Path, typer.Argument(help="A run.toml, or a run folder to go on with.")]
 FolderArgument = Annotated[Path | None, typer.Argument(help="The run folder; found by itself when only one runs.")]
+PeerArgument = Annotated[
+    str, typer.Argument(help="Its name, or the beginning of its peer id; `coordinator status` lists both.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 RUNS = Path("manyhands-runs")
 
@@ -27,6 +30,14 @@ def start(
     folder: Annotated[Path | None, typer.Option(help="Where the run is kept. Default: manyhands-runs/NAME.")] = None,
     validator: Annotated[bool, typer.Option(help="Start the validator, which evaluates and checkpoints.")] = True,
     exit_when_finished: Annotated[bool, typer.Option(help="End when all tokens are trained.")] = False,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(help="Write the rounds there for TensorBoard, too; needs the extra `tensorboard`."),
+    ] = None,
+    wandb: Annotated[
+        str | None,
+        typer.Option(help="Write the rounds to this Weights & Biases project, too; needs the extra `wandb`."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start a coordinator, or go on with an earlier run. Prints the invite that volunteers need.
@@ -37,6 +48,7 @@ def start(
 
       manyhands coordinator start manyhands-runs/my-run      # goes on where it stopped
     """
+    from coordinator.records.writers import add_writers
     from coordinator.run_folder import RunFolder, find_genesis, prepare
     from coordinator.server import Server, check_addresses
 
@@ -59,6 +71,14 @@ def start(
         validator_command=(lambda invite: _validator_command(home, invite)) if validator else None,
         exit_when_finished=exit_when_finished,
     )
+    if tensorboard is not None or wandb is not None:
+        server.keep_writing = add_writers(
+            database.readers,
+            name=server.run.spec.name,
+            run_id=server.run.run_id,
+            tensorboard=tensorboard,
+            wandb=wandb,
+        )
     asyncio.run(_serve(server, lambda invite: _announce(server, invite, as_json)))
 
 
@@ -104,6 +124,84 @@ def invite(
 ) -> None:
     """Print a new invite."""
     typer.echo(_operate(folder, "invite", uses=uses, expires_hours=hours)["invite"])
+
+
+@app.command()
+def invites(folder: FolderArgument = None, as_json: JsonOption = False) -> None:
+    """List the invites that were issued: how many machines joined with each, and whether it still works.
+
+    Shown are their ids, for `revoke`, not the invites themselves: those are not kept.
+    """
+    from coordinator.status_view import render_invites
+
+    answer = _operate(folder, "invites")["invites"]
+    if as_json:
+        typer.echo(json.dumps(answer))
+    else:
+        render_invites(answer)
+
+
+@app.command()
+def revoke(
+    invite: Annotated[str, typer.Argument(help="The id of an invite, or its beginning; `invites` lists them.")],
+    folder: FolderArgument = None,
+) -> None:
+    """Let nobody new join with an invite. Who has joined with it stays, and may come back; `ban` ends that."""
+    typer.echo(_operate(folder, "revoke", invite=invite)["message"])
+
+
+@app.command()
+def ban(
+    peer: PeerArgument,
+    folder: FolderArgument = None,
+    reason: Annotated[str, typer.Option(help="What its owner is told.")] = "",
+) -> None:
+    """End a peer's session, lease its work to others, and refuse it from now on.
+
+    What it contributed and was accepted stays. It is known by its key: whoever has an invite can make another key and
+    join anew, so consider `revoke` too, or `invite.approval = true` in run.toml.
+
+    Examples:
+
+      manyhands coordinator ban attic
+
+      manyhands coordinator ban 12D3KooWQ7xB --reason "its contributions are noise"
+    """
+    typer.echo(_operate(folder, "ban", peer=peer, reason=reason)["message"])
+
+
+@app.command()
+def unban(peer: PeerArgument, folder: FolderArgument = None) -> None:
+    """Let a banned peer join again. Its worker has ended: its owner starts it."""
+    typer.echo(_operate(folder, "unban", peer=peer)["message"])
+
+
+@app.command()
+def approve(peer: PeerArgument, folder: FolderArgument = None) -> None:
+    """Let a worker in that waits for it: with `invite.approval = true` in run.toml, every new one does.
+
+    Until then it gets neither leases nor the model nor the text. `ban` turns it away for good.
+    """
+    typer.echo(_operate(folder, "approve", peer=peer)["message"])
+
+
+@app.command()
+def round_time(
+    seconds: Annotated[float, typer.Argument(min=0.0, help="1 to 3600; 0: inner steps as run.toml says.")],
+    folder: FolderArgument = None,
+) -> None:
+    """Set how long a round should take, from the next one on.
+
+    The inner steps follow from it, at the observed speed of a typical worker and beside the time for the exchange; the
+    log, the page and `coordinator status` show both. It holds over restarts, until it is set again.
+
+    Examples:
+
+      manyhands coordinator round-time 60
+
+      manyhands coordinator round-time 0      # as run.toml says
+    """
+    typer.echo(_operate(folder, "round-time", seconds=seconds)["message"])
 
 
 def _operate(folder: Path | None, verb: Verb, **options: Any) -> dict[str, Any]:
@@ -187,6 +285,7 @@ def _announce(server: Any, invite: str, as_json: bool) -> None:
         "folder": str(server.folder.path),
         "address": server.address,
         "page": f"http://{server.spec.coordinator.http}",
+        "operator_token": server.operator_token,
         "round": server.state.rounds_merged,
     }
     if as_json:

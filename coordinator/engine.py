@@ -8,8 +8,9 @@ a restart.
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
@@ -19,6 +20,7 @@ from coordinator.core import events as ev
 from coordinator.core import machine
 from coordinator.core.state import Phase, State, dump_state, load_state
 from coordinator.ledger import LedgerWriter
+from coordinator.records.recorder import Noted, Recorder, read_on_record
 from coordinator.storage.database import Batch, Database, JournalRow, LedgerRow, RoundRow
 from protocol.documents import EvaluationReport
 from protocol.signing import Signed
@@ -44,9 +46,10 @@ class Carrier(Protocol):
 
 @dataclass(slots=True)
 class _Submission:
-    event: ev.Event
+    event: ev.Event | None  # None: only what is new on record is to be written
     documents: Sequence[Signed]
     on_committed: Callable[[Committed], None] | None
+    queued_s: float = field(default_factory=time.monotonic)
 
 
 class Engine:
@@ -62,7 +65,9 @@ class Engine:
         self._clock_offset_s = now_s - time.monotonic()
         self._queue: asyncio.Queue[_Submission] = asyncio.Queue()
         self._headers: dict[str, Signed] = {}
-        self.commit_seconds: list[float] = []
+        self.commit_seconds: deque[float] = deque(maxlen=1000)
+        self.wait_seconds: deque[float] = deque(maxlen=1000)  # of events, from submit until the core took them
+        self.recorder = Recorder(read_on_record(database.engine), state)
 
     @classmethod
     def recover(cls, database: Database, ledger: LedgerWriter, fresh: State) -> "Engine":
@@ -79,6 +84,16 @@ class Engine:
         return time.monotonic() + self._clock_offset_s
 
     @property
+    def num_waiting(self) -> int:
+        """Events that were submitted and not taken yet."""
+        return self._queue.qsize()
+
+    @property
+    def journal_seq(self) -> int:
+        """Events in the journal."""
+        return self._journal_seq
+
+    @property
     def ledger_head(self) -> str:
         return self._ledger.head
 
@@ -90,6 +105,10 @@ class Engine:
     ) -> None:
         """Queue an event. `on_committed` is called right after its transaction, before its effects are carried out."""
         self._queue.put_nowait(_Submission(event, documents, on_committed))
+
+    def write_news(self) -> None:
+        """Have what the recorder was told beside the core's events written soon."""
+        self._queue.put_nowait(_Submission(None, (), None))
 
     async def run(self, carrier: Carrier) -> None:
         """Handle events until cancelled. Raises DiskFullError or another ManyhandsError when a write fails."""
@@ -103,8 +122,10 @@ class Engine:
             started = time.perf_counter()
             # Shielded: a cancelled engine still finishes the write that it began.
             await asyncio.shield(asyncio.to_thread(self._database.commit, batch))
-            self.commit_seconds = [*self.commit_seconds[-999:], time.perf_counter() - started]
+            self.commit_seconds.append(time.perf_counter() - started)
             for submission, committed in done:
+                if committed is None:
+                    continue
                 if submission.on_committed is not None:
                     submission.on_committed(committed)
                 carrier.carry_out(committed)
@@ -122,14 +143,16 @@ class Engine:
             submissions.append(self._queue.get_nowait())
         return submissions
 
-    def _handle(self, submission: _Submission, batch: Batch) -> Committed:
-        now_s, unix_s = self.now_s(), time.time()
+    def _handle(self, submission: _Submission, batch: Batch) -> Committed | None:
+        now_s, unix_s, event = self.now_s(), time.time(), submission.event
+        self.wait_seconds.append(time.monotonic() - submission.queued_s)
+        if event is None:
+            self.recorder.write_news(batch.records, unix_s)
+            return None
         phase = self.state.phase
-        effects = machine.handle(self.state, submission.event, now_s)
+        effects = machine.handle(self.state, event, now_s)
         self._journal_seq += 1
-        batch.journal.append(
-            JournalRow(seq=self._journal_seq, now_s=now_s, unix_s=unix_s, event=ev.dump_event(submission.event))
-        )
+        batch.journal.append(JournalRow(seq=self._journal_seq, now_s=now_s, unix_s=unix_s, event=ev.dump_event(event)))
         if any(_keeps_document(effect) for effect in effects):
             batch.documents += submission.documents  # what the core refused is not kept
             self._headers |= {signed.hash: signed for signed in submission.documents}
@@ -140,7 +163,9 @@ class Engine:
                 log.info("exchange", from_round=effect.round, plan=effect.reason)
         if self.state.phase is not phase:
             log.info("phase", phase=self.state.phase.value, reason=machine.describe_phase(self.state))
-        return Committed(event=submission.event, effects=effects, entries=entries)
+        noted = Noted(event=event, effects=effects, documents=submission.documents, entries=entries, unix_s=unix_s)
+        self.recorder.note(noted, batch.records)
+        return Committed(event=event, effects=effects, entries=entries)
 
     def _write_entries(self, effect: fx.Effect, batch: Batch, now_s: float, unix_s: float) -> list[LedgerRow]:
         match effect:

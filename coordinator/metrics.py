@@ -81,6 +81,10 @@ def _peers(peers: list[dict[str, Any]]) -> Iterator[Metric]:
     yield connected
     paused = sum(bool(peer["pause_reason"]) for peer in peers)
     yield _gauge("paused_workers", "Connected workers that take no leases for now.", paused)
+    banned = sum(peer.get("banned", False) for peer in peers)
+    yield _gauge("banned_peers", "Peers that the operator has banned.", banned)
+    held = sum(peer.get("waiting_for_approval", False) for peer in peers)
+    yield _gauge("unapproved_peers", "Peers that wait for the operator's approval.", held)
     judged = CounterMetricFamily("manyhands_contributions", "Contributions, by what became of them.", labels=["result"])
     for result in ("accepted", "refused"):
         judged.add_metric([result], sum(peer[result] for peer in peers))

@@ -6,12 +6,14 @@ from secrets import token_hex
 from typing import Any
 
 import grpc
+from pydantic import ValidationError
 
 from coordinator.run_folder import RunFolder
 from protocol.documents import OperatorCommand, Verb, sign
 from protocol.envelope import pack
-from protocol.errors import ConnectionFailedError, ManyhandsError
+from protocol.errors import ConfigError, ConnectionFailedError, ManyhandsError
 from protocol.exchange.dial import open_channel
+from protocol.run_spec import describe
 from protocol.wire import coordinator_pb2 as pb
 from protocol.wire.coordinator_pb2_grpc import CoordinatorServiceStub
 
@@ -19,15 +21,21 @@ TIMEOUT_S = 10.0
 
 
 async def operate(folder: RunFolder, verb: Verb, **options: Any) -> dict[str, Any]:
-    """Send one command to the coordinator of this folder. Raises ConnectionFailedError when none runs."""
+    """Send one command to the coordinator of this folder. `options`: as Server.perform has them.
+
+    Raises ConnectionFailedError when none runs, ConfigError for an option that no command can have, ManyhandsError
+    with the coordinator's sentence when it refuses.
+    """
     running = folder.read_running()
     if running is None:
         raise ConnectionFailedError(
             f"no coordinator runs on {folder.path}; `manyhands coordinator start {folder.path}`"
         )
-    command = OperatorCommand(
-        run_id=str(running["run_id"]), verb=verb, nonce=token_hex(32), unix_s=int(time.time()), **options
-    )
+    run_id, now_unix_s = str(running["run_id"]), int(time.time())
+    try:
+        command = OperatorCommand(run_id=run_id, verb=verb, nonce=token_hex(32), unix_s=now_unix_s, **options)
+    except ValidationError as error:
+        raise ConfigError(describe(error, OperatorCommand)) from error
     _, certificate = folder.tls()
     address = str(running["listen"]).replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")  # noqa: S104 - not bound
     channel = open_channel(address, certificate)

@@ -4,6 +4,7 @@ run.toml          the run's description, as it was given
 coordinator.key   Ed25519 identity (0600)         tls.key, tls.crt    what invites pin
 run.db            journal, ledger, rounds          blobs/              shards, states, payloads, by hash
 checkpoints/      Hugging Face layout              running.json        address and pid while it runs
+operator-token    what signs in on the page (0600)
 """
 
 import json
@@ -11,9 +12,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import token_hex
+from secrets import token_hex, token_urlsafe
 
 from coordinator import tls
 from coordinator.ledger import LedgerWriter
@@ -23,11 +25,12 @@ from protocol.documents import PROTOCOL_VERSION, Genesis
 from protocol.errors import ConfigError, DiskFullError
 from protocol.exchange.store import BlobStore, naming_full_disks
 from protocol.identity import Identity
-from protocol.run_spec import CoordinatorSpec, RunSpec, load_run_spec
+from protocol.run_spec import CoordinatorSpec, InviteSpec, RunSpec, load_run_spec
 from protocol.signing import Signed
 from protocol.tokenizer import load_tokenizer
 
 MIN_FREE_BYTES = 50 << 20
+MIN_TOKEN_CHARS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,23 @@ class RunFolder:
 
     def identity(self) -> Identity:
         return Identity.load_or_create(self.path / "coordinator.key")
+
+    def operator_token(self) -> str:
+        """What the operator signs in with on the page; made at the first start, with mode 0600."""
+        path = self.path / "operator-token"
+        with suppress(FileNotFoundError):
+            token = path.read_text(encoding="utf-8").strip()
+            if len(token) < MIN_TOKEN_CHARS:
+                raise ConfigError(f"{path} is no operator's token; remove it to have a new one made")
+            return token
+        token = token_urlsafe(24)
+        with naming_full_disks(self.path):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(token + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        return token
 
     def tls(self) -> tuple[bytes, bytes]:
         return tls.load_or_create(self.path / "tls.key", self.path / "tls.crt")
@@ -134,7 +154,8 @@ def prepare(
             seq=seq,
             previous=previous,
             protocol_version=PROTOCOL_VERSION,
-            spec=spec.model_copy(update={"coordinator": CoordinatorSpec()}),  # where it listens is nobody's business
+            # Where it listens, and whom it lets in, is nobody's business, and may change.
+            spec=spec.model_copy(update={"coordinator": CoordinatorSpec(), "invite": InviteSpec()}),
             created_unix_s=int(time.time()),
             num_parameters=model.num_parameters,
             initial_digest=model.digest,

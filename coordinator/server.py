@@ -7,37 +7,37 @@ The run folder can be started again at any time.
 import asyncio
 import json
 import os
-import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from typing import Any
 
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from coordinator import tls
+from coordinator import operations, tls
 from coordinator.core import events as ev
-from coordinator.core import machine, peers
-from coordinator.core.state import PeerStatus, State
-from coordinator.engine import Engine
+from coordinator.core import machine
+from coordinator.core.state import State
+from coordinator.engine import Committed, Engine
 from coordinator.ledger import LedgerWriter
 from coordinator.payloads import PayloadChecker
+from coordinator.records.watch import Watch, free_bytes_of
 from coordinator.run_folder import RunFolder
+from coordinator.run_status import RunStatus, public_address
 from coordinator.service import CoordinatorService
 from coordinator.sessions import Sessions
-from coordinator.storage.database import Database, RoundRow
-from coordinator.verdict import judge
+from coordinator.storage.database import Database
 from coordinator.witness import Witness
 from protocol.codecs import get_codec
-from protocol.documents import Evaluation, EvaluationReport, Genesis, Invite, OperatorCommand
-from protocol.errors import ConfigError
+from protocol.documents import Genesis, Invite, OperatorCommand
+from protocol.errors import ConfigError, ManyhandsError
 from protocol.exchange.dial import split_address
-from protocol.invite import encode_invite
+from protocol.invite import decode_invite, encode_invite
 from protocol.run_spec import AUTO, RunSpec
 from protocol.signing import Signed
 from protocol.wire import coordinator_pb2 as pb
@@ -57,6 +57,17 @@ _GRPC_OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 
+# What of an operator's command each verb looks at.
+_OPTIONS: dict[str, set[str]] = {
+    "invite": {"uses", "expires_hours"},
+    "revoke": {"invite"},
+    "ban": {"peer", "reason"},
+    "unban": {"peer"},
+    "approve": {"peer"},
+    "round-time": {"seconds"},
+}
+
+
 @dataclass
 class Server:
     """A coordinator of one run folder. `validator_command(invite)`: how to start the validator, or None for none."""
@@ -66,6 +77,7 @@ class Server:
     genesis: Signed
     validator_command: Callable[[str], Sequence[str]] | None = None
     exit_when_finished: bool = False
+    keep_writing: Callable[[], Awaitable[None]] | None = None  # coordinator.records.writers
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -75,6 +87,8 @@ class Server:
         self.fingerprint = tls.fingerprint(self.certificate_pem)
         self.spec = self.folder.spec()  # addresses may have changed since the genesis; what is trained may not
         self.store = self.folder.store
+        self.operator_token = self.folder.operator_token()
+        self.invite = ""  # the one that is announced; empty before the start, and once it is revoked
         ledger = LedgerWriter(self.identity, self.run.run_id, self.run.spec, self.database.last_ledger_entry())
         fresh = machine.create(
             self.run.spec,
@@ -88,10 +102,18 @@ class Server:
                 self.run.spec.exchange.codec, self.run.spec.exchange.codec_options
             )  # raises what is wrong with it
         self.payloads = PayloadChecker(self.store, self.run.num_parameters, self.engine.submit)
-        self.sessions = Sessions(self.engine, self.identity, self.run.run_id, self.payloads)
+        self.sessions = Sessions(self.engine, self.identity, self.genesis, self.payloads)
         self.witness = Witness(self.sessions)
-        self._first_loss: float | None = None
-        self._restarted, self._workers_before = bool(self.state.peers), self._count_workers_before()
+        self._status = RunStatus(
+            run=self.run,
+            spec=self.spec,
+            folder=self.folder.path,
+            engine=self.engine,
+            database=self.database,
+            sessions=self.sessions,
+            witness=self.witness,
+            validator_expected=self.validator_command is not None,
+        )
 
     @property
     def state(self) -> State:
@@ -100,138 +122,81 @@ class Server:
     @property
     def address(self) -> str:
         """host:port as invites give it."""
-        return self.spec.coordinator.advertise or self.spec.coordinator.listen
+        return public_address(self.spec)
 
     def issue_invite(self, role: str = "worker", uses: int | None = None, expires_hours: float | None = None) -> str:
         """A new invite as one string; its token is in the journal before anybody can use it up."""
         uses = uses or self.spec.invite.uses
         hours = expires_hours or self.spec.invite.expires_hours
+        now_unix_s = time.time()
         invite = Invite(
             run_id=self.run.run_id,
             address=self.address,
             tls_fingerprint=self.fingerprint,
             token_id=os.urandom(8).hex(),
             role="validator" if role == "validator" else "worker",
-            expires_unix_s=int(time.time() + hours * 3600),
+            expires_unix_s=int(now_unix_s + hours * 3600),
             uses=uses,
         )
-        self.engine.submit(ev.InviteIssued(token_id=invite.token_id, uses=uses))
+        self.engine.submit(
+            ev.InviteIssued(
+                token_id=invite.token_id,
+                uses=uses,
+                role=invite.role,
+                issued_unix_s=now_unix_s,
+                expires_unix_s=invite.expires_unix_s,
+            )
+        )
         return encode_invite(invite, self.identity)
 
     def status(self) -> dict[str, object]:
-        """What `coordinator status` and the page show."""
-        state = self.state
-        rounds = self.database.read_rounds(last=20)
-        held_out = next((row.held_out_loss for row in reversed(rounds) if row.held_out_loss is not None), None)
-        last_evaluated = rounds[-1].held_out_loss if rounds and self.engine.is_finished() else None
-        sessions = {session.peer: session for session in self.sessions.connected()}
-        self.witness.look()
-        facts: dict[str, object] = {
-            "name": self.run.spec.name,
-            "run_id": self.run.run_id,
-            "phase": state.phase.value,
-            "reason": machine.describe_phase(state),
-            "plan": state.plan.reason if state.plan else "",
-            "round": state.rounds_merged,
-            "tokens": state.tokens_credited,
-            "tokens_target": state.spec.train.tokens,
-            "num_parameters": self.run.num_parameters,
-            "train_loss": rounds[-1].mean_loss if rounds else None,
-            "held_out_loss": held_out,
-            "first_held_out_loss": self._first_held_out_loss(),
-            "final_held_out_loss": last_evaluated,
-            "round_seconds": rounds[-1].seconds if rounds else None,
-            "ledger_head": self.engine.ledger_head,
-            "reference_digest": peers.reference_digest(state),
-            "digests": dict(state.reports),
-            "peers": [
-                {
-                    "peer": peer_id,
-                    "name": peer.name,
-                    "role": peer.role,
-                    "device": peer.device,
-                    "status": peer.status.value,
-                    "pause_reason": peer.pause_reason,
-                    "steps_per_s": round(peer.steps_per_s, 3),
-                    "upload_bps": round(peer.upload_bps),
-                    "download_bps": round(peer.download_bps),
-                    "credited_tokens": peer.credited_tokens,
-                    "accepted": peer.accepted,
-                    "refused": peer.refused,
-                    "lease": state.round.leases[peer_id].status.value
-                    if state.round and peer_id in state.round.leases
-                    else "",
-                    **self.witness.describe_peer(peer_id, sessions.get(peer_id)),
-                }
-                for peer_id, peer in state.peers.items()
-            ],
-            "workers": sum(p.role == "worker" and p.status is not PeerStatus.GONE for p in state.peers.values()),
-            "page": f"http://{self.spec.coordinator.http}",
-            "address": self.address,
-            **self._describe_pace(rounds),
-            **self._describe_coordinator(),
-        }
-        return facts | {"verdict": asdict(judge(facts, time.time()))}
+        """What `coordinator status` and the page show (run_status)."""
+        return self._status.read()
 
-    def _describe_pace(self, rounds: Sequence[RoundRow]) -> dict[str, object]:
-        """The open round's clock and the run's, from its last rounds (oldest first). Times are Unix seconds."""
-        state, to_unix_s = self.state, time.time() - self.engine.now_s()
-        round_ = state.round
-        seconds = median(row.seconds for row in rounds[-5:]) if rounds else round_.expected_s if round_ else 0.0
-        span_s = rounds[-1].unix_s - rounds[0].unix_s if rounds else 0.0
-        speed = (rounds[-1].tokens_after - rounds[0].tokens_after) / span_s if span_s > 0.0 else None
-        left = max(0, state.spec.train.tokens - state.tokens_credited)
-        return {
-            "last_merge_unix_s": rounds[-1].unix_s if rounds else None,
-            "round_opened_unix_s": round_.opened_s + to_unix_s if round_ else None,
-            "round_expected_unix_s": round_.opened_s + to_unix_s + seconds if round_ else None,
-            "round_deadline_unix_s": round_.deadline_s + to_unix_s if round_ else None,
-            "tokens_per_s": speed,
-            "eta_s": left / speed if speed else None,
-        }
+    async def operate(self, command: OperatorCommand) -> dict[str, object]:
+        """Carry out an operator's signed command, and answer once it holds. Raises ManyhandsError as `perform` does."""
+        options = command.model_dump(include=_OPTIONS.get(command.verb, set()))
+        if command.verb not in operations.PLANS:
+            return self.perform(command.verb, **options)
+        holds = asyncio.Event()
+        message = self._change(command.verb, options, lambda _: holds.set())
+        await holds.wait()
+        return {"message": message}
 
-    def _describe_coordinator(self) -> dict[str, object]:
-        commits = self.engine.commit_seconds
-        return {
-            "started_unix_s": self.engine.started_unix_s,
-            "restarted": self._restarted,
-            "workers_before_restart": self._workers_before,
-            "min_peers": self.state.spec.round.min_peers,
-            "heartbeat_timeout_s": self.state.spec.round.heartbeat_timeout_s,
-            "disk_free_bytes": shutil.disk_usage(self.folder.path).free,
-            "validator_expected": self.validator_command is not None,
-            "commit_p99_s": quantiles(commits, n=100)[-1] if len(commits) > 1 else None,
-            "troubles": self.witness.describe_troubles({peer_id: p.name for peer_id, p in self.state.peers.items()}),
-        }
+    def perform(self, verb: str, **options: Any) -> dict[str, object]:
+        """Do what the operator asks; whoever calls has made sure that it is the operator.
 
-    def _count_workers_before(self) -> int:
-        """Workers that a restart cut off: those that were there, or, after an orderly stop, those of the last round."""
-        there = sum(p.role == "worker" and p.status is not PeerStatus.GONE for p in self.state.peers.values())
-        last = self.database.read_rounds(last=1)
-        return max(there, last[0].contributions if last else 0)
-
-    def _first_held_out_loss(self) -> float | None:
-        if self._first_loss is None:
-            entry = next(self.database.read_ledger(kinds=("evaluation",)), None)
-            if entry is not None:
-                report = Signed.from_json(Evaluation.model_validate_json(entry.body).report)
-                self._first_loss = EvaluationReport.model_validate_json(report.body).held_out_loss
-        return self._first_loss
-
-    def operate(self, command: OperatorCommand) -> dict[str, object]:
-        """Carry out an operator's command; the answer is for the command line."""
-        match command.verb:
+        status, stop, pause, resume, invites; invite(uses=0, expires_hours=0.0), where 0 means as run.toml says;
+        revoke(invite=); ban(peer=, reason=""), unban(peer=), approve(peer=); round-time(seconds=), 0: as run.toml says.
+        The answer has a `message`, but for status, `invites` (a list) and `invite` (the invite as text). Raises
+        ManyhandsError with one sentence.
+        """
+        match verb:
             case "status":
                 return self.status()
             case "stop":
                 self.stop.set()
                 return {"message": "stopping; `manyhands coordinator start` on the run folder goes on from here"}
-            case "pause" | "resume":
-                self.engine.submit(ev.PauseRequested(paused=command.verb == "pause"))
-                return {"message": f"{command.verb} noted"}
             case "invite":
-                uses, hours = command.uses or None, command.expires_hours or None
+                uses, hours = options.get("uses") or None, options.get("expires_hours") or None
                 return {"invite": self.issue_invite(uses=uses, expires_hours=hours)}
+            case "invites":
+                return {"invites": operations.list_invites(self.state, time.time())}
+        return {"message": self._change(verb, options)}
+
+    def _change(
+        self, verb: str, options: dict[str, Any], on_committed: Callable[[Committed], None] | None = None
+    ) -> str:
+        """Submit the event of a verb that changes the run; the sentence for the operator."""
+        plan = operations.PLANS.get(verb)
+        if plan is None:
+            raise ManyhandsError(f"unknown command {verb!r}")
+        event, message = plan(self.state, **options)
+        if isinstance(event, ev.InviteRevoked) and self.invite and event.token_id == _token_id(self.invite):
+            self.invite = ""
+        self.engine.submit(event, on_committed=on_committed)
+        log.info("operator", verb=verb, message=message)
+        return message
 
     async def serve(
         self, on_ready: Callable[[str], None], *, page: Callable[["Server"], "asyncio.Task[None]"] | None = None
@@ -248,6 +213,10 @@ class Server:
         self.invite = self.issue_invite()
         tasks = [asyncio.create_task(self.engine.run(self.witness), name="engine")]
         tasks.append(asyncio.create_task(self.witness.keep_looking(), name="witness"))
+        watch = Watch(self.engine, self.witness, free_bytes_of(self.folder.path))
+        tasks.append(asyncio.create_task(watch.keep_watching(), name="watch"))
+        if self.keep_writing is not None:
+            tasks.append(asyncio.ensure_future(self.keep_writing()))
         if page_task is not None:
             tasks.append(page_task)
         if self.validator_command is not None:
@@ -285,6 +254,7 @@ class Server:
                 store=self.store,
                 database=self.database,
                 operate=self.operate,
+                approval=self.spec.invite.approval,
             ),
             server,
         )
@@ -341,6 +311,10 @@ class Server:
         temporary = Path(f"{self.folder.running_path}.tmp")
         temporary.write_text(json.dumps(running))
         temporary.replace(self.folder.running_path)
+
+
+def _token_id(invite: str) -> str:
+    return decode_invite(invite)[0].token_id
 
 
 def check_addresses(spec: RunSpec) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from secrets import token_hex
 from typing import Any
@@ -19,7 +19,7 @@ import grpc
 import structlog
 
 from coordinator.core import events as ev
-from coordinator.core.effects import RefusePeer
+from coordinator.core.effects import HoldPeer, RefusePeer
 from coordinator.engine import Committed, Engine
 from coordinator.payloads import PayloadChecker
 from coordinator.sessions import SESSION_ENDED, PeerSession, Sessions
@@ -68,9 +68,9 @@ class CoordinatorService(CoordinatorServiceServicer):
         payloads: PayloadChecker,
         store: BlobStore,
         database: Database,
-        operate: Callable[[OperatorCommand], dict[str, object]],
+        operate: Callable[[OperatorCommand], Awaitable[dict[str, object]]],
+        approval: bool = False,
     ) -> None:
-        self._genesis = genesis
         self._run = Genesis.model_validate_json(genesis.body)
         self._public_key = public_key
         self._engine = engine
@@ -79,6 +79,7 @@ class CoordinatorService(CoordinatorServiceServicer):
         self._store = store
         self._database = database
         self._operate = operate
+        self._approval = approval
         self._seen_nonces: dict[str, float] = {}
 
     # ---- session
@@ -108,6 +109,9 @@ class CoordinatorService(CoordinatorServiceServicer):
                 role=invite.role,
                 token_id=invite.token_id,
                 lease_id=join.lease_id,
+                software=join.software,
+                unix_s=time.time(),
+                needs_approval=self._approval and invite.role == "worker",
             ),
             on_committed=lambda committed: self._let_in(committed, session, decided),
         )
@@ -149,20 +153,14 @@ class CoordinatorService(CoordinatorServiceServicer):
 
     def _let_in(self, committed: Committed, session: PeerSession, decided: "asyncio.Future[RefusePeer | None]") -> None:
         refusal = next((effect for effect in committed.effects if isinstance(effect, RefusePeer)), None)
+        held = next((effect for effect in committed.effects if isinstance(effect, HoldPeer)), None)
         if refusal is None:
-            state = self._engine.state
             self._sessions.add(session)
-            session.send(
-                welcome=pb.Welcome(
-                    genesis=pack(self._genesis),
-                    session_token=session.token,
-                    round=state.rounds_merged,
-                    checkpoint_round=state.checkpoint_round,
-                    checkpoint_digest=state.checkpoint_digest,
-                    heartbeat_every_s=self._run.spec.round.heartbeat_timeout_s / 5,
-                    state_sources=self._sessions.find_state_sources(session.peer),
-                )
-            )
+        if held is not None:
+            session.waiting, session.heartbeat = True, pb.Heartbeat(activity=held.reason)
+            session.send(phase=pb.PhaseNotice(phase="waiting_for_approval", reason=held.reason))
+        elif refusal is None:
+            self._sessions.welcome(session)
         if not decided.done():
             decided.set_result(refusal)
 
@@ -170,8 +168,9 @@ class CoordinatorService(CoordinatorServiceServicer):
         """Turn a peer's messages into events until it leaves, falls silent or says something malformed."""
         try:
             while True:
-                async with asyncio.timeout(self._run.spec.round.heartbeat_timeout_s):  # see Engine._next_submissions
-                    message = await anext(messages)
+                message = await self._next_message(messages, session)
+                if session.closed:
+                    break
                 self._take(message, session)
                 if message.WhichOneof("message") == "leaving":
                     break
@@ -187,6 +186,23 @@ class CoordinatorService(CoordinatorServiceServicer):
             raise
         finally:
             session.close()
+
+    async def _next_message(self, messages: AsyncIterator[pb.PeerMessage], session: PeerSession) -> pb.PeerMessage:
+        """Raises TimeoutError after too long a silence. Who waits for approval may be silent: it knows no pace yet."""
+        timeout_s = self._run.spec.round.heartbeat_timeout_s
+        if not session.waiting:
+            async with asyncio.timeout(timeout_s):  # see Engine._next_submissions
+                return await anext(messages)
+        read, may_be_silent = asyncio.ensure_future(anext(messages)), True
+        try:
+            while may_be_silent and not read.done():
+                may_be_silent = session.waiting
+                await asyncio.wait({read}, timeout=timeout_s)
+            if not read.done():
+                raise TimeoutError
+            return read.result()
+        finally:
+            read.cancel()
 
     def _take(self, message: pb.PeerMessage, session: PeerSession) -> None:
         match message.WhichOneof("message"):
@@ -393,7 +409,7 @@ class CoordinatorService(CoordinatorServiceServicer):
                 unpack(request.command), OperatorCommand, signer=self._public_key, run_id=self._run.run_id
             )
             self._refuse_replay(command)
-            return pb.OperatorReply(json=json.dumps(self._operate(command)))
+            return pb.OperatorReply(json=json.dumps(await self._operate(command)))
         except ManyhandsError as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
             raise

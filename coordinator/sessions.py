@@ -17,9 +17,10 @@ from coordinator.engine import Committed, Engine
 from coordinator.ledger import accepted_of
 from coordinator.payloads import PayloadChecker
 from coordinator.storage.database import LedgerRow
-from protocol.documents import Lease, MergeOrder, Receipt, ShardRef, sign
+from protocol.documents import Genesis, Lease, MergeOrder, Receipt, ShardRef, sign
 from protocol.envelope import pack
 from protocol.identity import Identity
+from protocol.signing import Signed
 from protocol.wire import coordinator_pb2 as pb
 
 log = structlog.get_logger()
@@ -36,6 +37,7 @@ class PeerSession:
     peer: str
     name: str
     role: str
+    waiting: bool = False  # for the operator's approval: it has no token and no state yet
     addresses: tuple[str, ...]
     seed: bool = False  # offers to serve everybody's payloads
     token: str = field(default_factory=lambda: token_hex(32))
@@ -68,10 +70,11 @@ class PeerSession:
 class Sessions:
     """All connected peers; implements the engine's Carrier."""
 
-    def __init__(self, engine: Engine, identity: Identity, run_id: str, payloads: PayloadChecker) -> None:
+    def __init__(self, engine: Engine, identity: Identity, genesis: Signed, payloads: PayloadChecker) -> None:
         self._engine = engine
         self._identity = identity
-        self._run_id = run_id
+        self._genesis = genesis
+        self._run_id = Genesis.model_validate_json(genesis.body).run_id
         self._payloads = payloads
         self._by_peer: dict[str, PeerSession] = {}
         self._by_token: dict[str, PeerSession] = {}
@@ -85,6 +88,22 @@ class Sessions:
             self._by_token.pop(older.token, None)
         self._by_peer[session.peer] = session
         self._by_token[session.token] = session
+
+    def welcome(self, session: PeerSession) -> None:
+        """Let a registered peer in: from now on it may fetch what the run is made of."""
+        state = self._engine.state
+        session.waiting = False
+        session.send(
+            welcome=pb.Welcome(
+                genesis=pack(self._genesis),
+                session_token=session.token,
+                round=state.rounds_merged,
+                checkpoint_round=state.checkpoint_round,
+                checkpoint_digest=state.checkpoint_digest,
+                heartbeat_every_s=state.spec.round.heartbeat_timeout_s / 5,
+                state_sources=self.find_state_sources(session.peer),
+            )
+        )
 
     def remove(self, session: PeerSession) -> bool:
         """Forget a session that ended. True when it was the peer's current one."""
@@ -109,13 +128,18 @@ class Sessions:
         return seeds + _sample([session for session in dialable if not session.seed], MAX_PAYLOAD_PEERS - len(seeds))
 
     def _dialable_workers(self) -> list[PeerSession]:
-        return [session for session in self._by_peer.values() if session.addresses and session.role == "worker"]
+        return [
+            session
+            for session in self._by_peer.values()
+            if session.addresses and session.role == "worker" and not session.waiting
+        ]
 
     def connected(self) -> list[PeerSession]:
         return list(self._by_peer.values())
 
     def close_all(self) -> None:
         for session in self.connected():
+            session.goodbye = session.goodbye or "the coordinator stopped"
             session.close()
 
     # ---- the engine's Carrier
@@ -123,18 +147,15 @@ class Sessions:
     def carry_out(self, committed: Committed) -> None:
         for effect in committed.effects:
             match effect:
+                case fx.AdmitPeer() | fx.DismissPeer():
+                    self._change_admission(effect)
                 case fx.GrantLease():
                     self._to(effect.peer, lease=pack(sign(self._lease(effect), self._identity)))
                 case fx.CheckPayload():
                     self._payloads.expect(effect)
                     self._to(effect.peer, wanted=pb.PayloadWanted(payload_hash=effect.payload_hash))
                 case fx.JudgeContribution():
-                    verdict = pb.ContributionVerdict(
-                        payload_hash=effect.payload_hash, accepted=effect.accepted, reason=effect.reason
-                    )
-                    self._to(effect.peer, verdict=verdict)
-                    if not effect.accepted:
-                        log.warning("contribution refused", peer=effect.peer, reason=effect.reason)
+                    self._tell_verdict(effect)
                 case fx.OrderMerge():
                     self._to(effect.peer, merge_order=self._merge_order(effect))
                 case fx.CloseRound():
@@ -148,8 +169,28 @@ class Sessions:
                     self._to(effect.peer, resync=pb.Resync(reason=effect.reason))
                 case fx.AnnouncePhase():
                     self._to_all(phase=pb.PhaseNotice(phase=effect.phase.value, reason=effect.reason))
-                case fx.RefusePeer() | fx.RecordEvaluation() | fx.AnnouncePlan():
+                case fx.RefusePeer() | fx.HoldPeer() | fx.RecordEvaluation() | fx.AnnouncePlan():
                     pass  # the session that asked is told by the service; the ledger entry and the log are all of it
+
+    def _change_admission(self, effect: fx.AdmitPeer | fx.DismissPeer) -> None:
+        """Let a waiting session in; or end one and forget it at once, whether or not the peer reads that it is over."""
+        session = self._by_peer.get(effect.peer)
+        if session is None:
+            return
+        if isinstance(effect, fx.DismissPeer):
+            session.send(refused=pb.Refused(code=effect.code, reason=effect.reason))
+            session.close()
+            self.remove(session)
+        elif session.waiting:
+            self.welcome(session)
+
+    def _tell_verdict(self, judged: fx.JudgeContribution) -> None:
+        verdict = pb.ContributionVerdict(
+            payload_hash=judged.payload_hash, accepted=judged.accepted, reason=judged.reason
+        )
+        self._to(judged.peer, verdict=verdict)
+        if not judged.accepted:
+            log.warning("contribution refused", peer=judged.peer, reason=judged.reason)
 
     def _announce_round(self, closed: fx.CloseRound, entries: Sequence[LedgerRow]) -> None:
         payloads = [(group.payload_hash, peer) for group in closed.groups for peer in group.mergers]
@@ -220,7 +261,8 @@ class Sessions:
 
     def _to_all(self, **message: object) -> None:
         for session in self.connected():
-            session.send(**message)
+            if not session.waiting:
+                session.send(**message)
 
 
 def _refs(units: Sequence[Unit]) -> tuple[ShardRef, ...]:

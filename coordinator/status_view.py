@@ -12,9 +12,11 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.operations import ID_PREFIX
 from coordinator.verdict import describe_span
 
 WATCH_EVERY_S = 2.0
+ID_CHARS = 8  # of a peer id, after what all of them begin with
 _STYLES = {"healthy": "bold green", "degraded": "bold yellow", "stalled": "bold red"}
 
 
@@ -34,6 +36,7 @@ def render_announcement(facts: dict[str, Any], name: str) -> None:
     begun = f"goes on after round {facts['round']}" if facts["round"] else "is ready"
     lines = [f"[bold]{name}[/bold] (run {facts['run_id']}) {begun}."]
     lines.append(f"Page    {facts['page']}")
+    lines.append(f"        {facts['page']}/sign-in with {facts['operator_token']} to operate it")
     lines.append(f"Folder  {facts['folder']}")
     lines.append("")
     lines.append("Volunteers type:")
@@ -63,12 +66,13 @@ def _lay_out(status: dict[str, Any], now_unix_s: float) -> RenderableType:
     """Peers' own words go in as Text, never as markup."""
     percent = 100 * status["tokens"] / max(1, status["tokens_target"])
     eta = f"   {describe_span(status['eta_s'])} to go" if status["eta_s"] and status["phase"] != "finished" else ""
-    table = Table("peer", "role", "status", "steps/s", "tokens", "accepted", "refused", "doing", box=None)
+    table = Table("peer", "id", "role", "status", "steps/s", "tokens", "accepted", "refused", "doing", box=None)
     for peer in status["peers"]:
         cells = (
             peer["name"],
+            peer["peer"].removeprefix(ID_PREFIX)[:ID_CHARS],
             peer["role"],
-            f"paused: {peer['pause_reason']}" if peer["pause_reason"] else peer["status"],
+            _describe_standing(peer),
             f"{peer['steps_per_s']:.2f}",
             f"{peer['credited_tokens']:,}",
             str(peer["accepted"]),
@@ -86,6 +90,29 @@ def _lay_out(status: dict[str, Any], now_unix_s: float) -> RenderableType:
         table,
         _plain(f"page {status['page']}   ledger head {status['ledger_head'][:16]}"),
     )
+
+
+def _describe_standing(peer: dict[str, Any]) -> str:
+    if peer["banned"]:
+        return "banned"
+    if peer["waiting_for_approval"]:
+        return "waits for approval"
+    return f"paused: {peer['pause_reason']}" if peer["pause_reason"] else str(peer["status"])
+
+
+def render_invites(invites: list[dict[str, Any]]) -> None:
+    """One line an invite, newest first."""
+    now_unix_s = time.time()
+    table = Table("id", "for", "issued", "joined", "uses left", "state", box=None)
+    for invite in invites:
+        state = "revoked" if invite["revoked"] else "expired" if invite["expired"] else "valid"
+        if state == "valid" and invite["expires_unix_s"]:
+            state = f"valid for {describe_span(invite['expires_unix_s'] - now_unix_s)}"
+        issued = _age(invite["issued_unix_s"] or None, now_unix_s)
+        left = f"{invite['uses_left']:,} of {invite['uses']:,}" if invite["uses"] else f"{invite['uses_left']:,}"
+        cells = (invite["id"], invite["role"], issued, str(invite["joined"]), left, state)
+        table.add_row(*(_plain(cell) for cell in cells))
+    Console().print(table)
 
 
 def _lay_out_verdict(verdict: dict[str, Any], now_unix_s: float) -> Text:

@@ -135,13 +135,9 @@ def _find_lost_workers(facts: Facts, now_unix_s: float) -> Iterator[_Finding]:
 
 
 def _find_silent_peers(facts: Facts, now_unix_s: float) -> Iterator[_Finding]:
-    after_s = MISSED_HEARTBEATS * facts["heartbeat_timeout_s"] / HEARTBEATS_A_TIMEOUT
+    timeout_s = facts["heartbeat_timeout_s"]
     for role in ("worker", "validator"):
-        silent = [
-            peer
-            for peer in facts["peers"]
-            if peer["role"] == role and peer["connected"] and (peer["heartbeat_age_s"] or 0.0) > after_s
-        ]
+        silent = [peer for peer in facts["peers"] if peer["role"] == role and is_silent(peer, timeout_s)]
         if silent:
             since = now_unix_s - max(peer["heartbeat_age_s"] for peer in silent)
             words = f"{_who(role, silent)}: connected, but no heartbeats come"
@@ -149,13 +145,20 @@ def _find_silent_peers(facts: Facts, now_unix_s: float) -> Iterator[_Finding]:
 
 
 def _find_stuck_workers(facts: Facts, now_unix_s: float) -> Iterator[_Finding]:
-    stuck = [peer for peer in _connected_workers(facts) if _is_stuck(peer, facts["heartbeat_timeout_s"])]
+    stuck = [peer for peer in _connected_workers(facts) if is_stuck(peer, facts["heartbeat_timeout_s"])]
     if stuck:
         since = now_unix_s - max(peer["unmoved_s"] for peer in stuck)
         yield _Finding(Level.DEGRADED, f"{_who('worker', stuck)}: connected and with work, but nothing moves", since)
 
 
-def _is_stuck(peer: Facts, heartbeat_timeout_s: float) -> bool:
+def is_silent(peer: Facts, heartbeat_timeout_s: float) -> bool:
+    """Whether the peer's session is there, and its heartbeats are not."""
+    after_s = MISSED_HEARTBEATS * heartbeat_timeout_s / HEARTBEATS_A_TIMEOUT
+    return bool(peer["connected"] and (peer["heartbeat_age_s"] or 0.0) > after_s)
+
+
+def is_stuck(peer: Facts, heartbeat_timeout_s: float) -> bool:
+    """Whether nothing moves at a peer that has work and says nothing of a pause."""
     if peer["lease"] != "open" or peer["pause_reason"] or peer["unmoved_s"] is None:
         return False
     if not peer["activity"].startswith("training"):

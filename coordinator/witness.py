@@ -83,9 +83,19 @@ class Witness:
                     pulse.moved_s = now
                 pulse.heartbeat, pulse.heard_s = session.heartbeat, now
 
+    def describe_connected(self) -> dict[str, dict[str, object]]:
+        """`describe_peer` of everybody who is connected."""
+        return {session.peer: self.describe_peer(session.peer, session) for session in self._sessions.connected()}
+
+    def silent_s(self, peer: str) -> float | None:
+        """Seconds since a peer's last heartbeat, as long as its session, or its end, is in memory."""
+        pulse = self._pulses.get(peer)
+        return round(time.monotonic() - pulse.heard_s, 1) if pulse else None
+
     def describe_peer(self, peer: str, session: PeerSession | None) -> dict[str, object]:
         """Plain facts for the status; ages in seconds, None for a peer that is not connected."""
-        pulse = self._pulses.get(peer) if session is not None else None
+        is_heard = session is not None and not session.waiting  # who waits for approval sends no heartbeats
+        pulse = self._pulses.get(peer) if is_heard else None
         loss = self._losses.get(peer)
         now = time.monotonic()
         return {
@@ -146,6 +156,17 @@ class Witness:
             reason=reason,
             count=before.count + 1 if before else 1,
         )
+
+
+_ABSENT: dict[str, object] = {
+    "connected": False,
+    "activity": "",
+    "bytes_sent": 0,
+    "inner_step": 0,
+    "heartbeat_age_s": None,
+    "unmoved_s": None,
+    "lost": None,
+}
 
 
 def _progress(heartbeat: pb.Heartbeat) -> tuple[object, ...]:

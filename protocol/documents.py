@@ -31,7 +31,9 @@ Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Reason = Annotated[str, StringConstraints(max_length=300, pattern=r"^[^\x00-\x1f\x7f]*$")]
-Verb = Literal["status", "stop", "pause", "resume", "invite"]
+Verb = Literal[
+    "status", "stop", "pause", "resume", "invite", "invites", "revoke", "ban", "unban", "approve", "round-time"
+]
 ALL_SLICES = ("all",)
 
 
@@ -251,6 +253,10 @@ class OperatorCommand(Document):
     unix_s: Count = Field(description="refused when more than a minute away from the coordinator's clock")
     uses: Count = Field(0, description="invite: how many identities may join with it")
     expires_hours: Share = Field(0.0, description="invite: for how long")
+    invite: Name = Field("", description="revoke: which, the beginning of its id")
+    peer: Name = Field("", description="ban, unban, approve: a name, or the beginning of a peer id")
+    reason: Reason = Field("", description="ban: what the worker is told")
+    seconds: Share = Field(0.0, description="round-time: what a round should take; 0: as run.toml says")
 
 
 class Evaluation(Chained):

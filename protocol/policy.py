@@ -7,12 +7,16 @@ smallest sum of the two among those whose exchange takes at most the wanted shar
 It does not look at anything but its arguments, and the same arguments give the same choice.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 
 from protocol.errors import ConfigError
 from protocol.run_spec import AUTO
+
+MAX_INNER_STEPS = 100_000
+# The steps that follow from a round's time stay as they were while they are so near: speeds are never quite the same.
+HELD_WITHIN = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,7 @@ class ExchangePlan:
     options: tuple[tuple[str, int | float], ...]
     inner_steps: int
     reason: str
+    round_s: float | None = None  # what the operator wants a round to take, when the steps follow from it
 
 
 def describe_links(step_s: list[float], upload_bps: list[float], download_bps: list[float]) -> Links:
@@ -89,18 +94,24 @@ def plan_exchange(
     codec: str,
     options: Mapping[str, int | float],
     inner_steps: int | None,
+    round_s: float | None = None,
+    held_steps: int | None = None,
 ) -> ExchangePlan:
     """The exchange of the next round. `codec` and `inner_steps` may be given; "auto" and None are chosen here.
 
     share: the part of a round that exchange may take, 0 to 1. Before any link was measured the middle of the road is
-    taken: int2 and 20 steps.
+    taken: int2 and 20 steps. round_s: seconds that a round should take; then the steps follow from it, and
+    `inner_steps` does not count. held_steps: those of the round before, for the same time.
     """
     choices = CHOICES if codec == AUTO else (_given(codec, options),)
+    if round_s is not None:
+        plan = _plan_for_time(choices, num_parameters, contributors, links, share, round_s, held_steps)
+        return replace(plan, round_s=round_s, reason=f"rounds of {round_s:g} s, as the operator wants: {plan.reason}")
     steps = STEPS_PENALTY if inner_steps is None else ((inner_steps, 0.0),)
     if codec != AUTO and inner_steps is not None:
         return ExchangePlan(codec=codec, options=choices[0].options, inner_steps=inner_steps, reason="as run.toml says")
     if links.upload_bps is None:
-        middle = next(choice for choice in choices if len(choices) == 1 or choice.codec == "int2")
+        middle = _middle(choices)
         return ExchangePlan(
             codec=middle.codec,
             options=middle.options,
@@ -116,6 +127,41 @@ def plan_exchange(
         ),
     )
     return _explain(best[0], best[1], num_parameters, contributors, links, share)
+
+
+def _plan_for_time(
+    choices: Sequence[Choice],
+    num_parameters: int,
+    contributors: int,
+    links: Links,
+    share: float,
+    round_s: float,
+    held_steps: int | None,
+) -> ExchangePlan:
+    """The codec that learns best among those that fit, and the steps that are left beside its exchange."""
+    fitting = [
+        (choice, _steps_within(round_s - exchange_s(choice, num_parameters, contributors, links), links, held_steps))
+        for choice in (choices if links.upload_bps is not None else (_middle(choices),))
+    ]
+    choice, steps = min(
+        fitting,
+        key=lambda c: (
+            max(0.0, _share(c[0], c[1], num_parameters, contributors, links) - share),
+            c[0].penalty,
+            c[0].bytes_per_parameter,
+        ),
+    )
+    return _explain(choice, steps, num_parameters, contributors, links, share)
+
+
+def _steps_within(compute_s: float, links: Links, held_steps: int | None) -> int:
+    steps = min(max(1, round(compute_s / links.step_s)), MAX_INNER_STEPS)
+    is_near = held_steps is not None and abs(held_steps - steps) <= HELD_WITHIN * steps
+    return held_steps if held_steps is not None and is_near else steps
+
+
+def _middle(choices: Sequence[Choice]) -> Choice:
+    return next(choice for choice in choices if len(choices) == 1 or choice.codec == "int2")
 
 
 def exchange_s(choice: Choice, num_parameters: int, contributors: int, links: Links) -> float:
@@ -150,6 +196,9 @@ def _explain(
     taken = _share(choice, inner_steps, num_parameters, contributors, links)
     round_s = exchange + inner_steps * links.step_s
     name = choice.codec + "".join(f" {key}={value}" for key, value in choice.options)
+    if links.upload_bps is None:
+        reason = f"{name}, {inner_steps} inner steps; no link was measured yet"
+        return ExchangePlan(codec=choice.codec, options=choice.options, inner_steps=inner_steps, reason=reason)
     limit = "" if taken <= share else f", more than the {share:.0%} wanted: nothing smaller learns"
     down = f"/{links.download_bps / 1e6:.3g}" if links.download_bps else ""
     return ExchangePlan(
@@ -159,6 +208,6 @@ def _explain(
         reason=(
             f"{name}, {inner_steps} inner steps: {choice.bytes_per_parameter * num_parameters / 1e6:.3g} MB up and "
             f"{max(contributors - 1, 0)} payloads down take {exchange:.2g} s of {round_s:.3g} s "
-            f"({taken:.1%}{limit}) at {(links.upload_bps or 0) / 1e6:.3g}{down} Mbit/s"
+            f"({taken:.1%}{limit}) at {links.upload_bps / 1e6:.3g}{down} Mbit/s"
         ),
     )

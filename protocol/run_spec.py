@@ -163,8 +163,15 @@ class CoordinatorSpec(Section):
 
 
 class InviteSpec(Section):
+    """Who may join. Read again at each start of the coordinator."""
+
     expires_hours: Positive = 168.0
     uses: Annotated[int, Field(ge=1)] = 1000
+    approval: bool = Field(
+        False,
+        description="true: a worker that joins waits until `manyhands coordinator approve`",
+        exclude_if=lambda approval: not approval,  # earlier versions do not know the key in a genesis
+    )
 
 
 class RunSpec(Section):

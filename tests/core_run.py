@@ -97,9 +97,26 @@ class CoreRun:
         self.send(ev.PauseRequested(paused=False))
         assert set(self.num_leased()) == set(names)
 
-    def join(self, *names: str, role: str = "worker", token_id: str = TOKEN, lease_id: int | None = None) -> None:
+    def join(
+        self,
+        *names: str,
+        role: str = "worker",
+        token_id: str = TOKEN,
+        lease_id: int | None = None,
+        needs_approval: bool = False,
+    ) -> None:
         for name in names:
-            self.send(ev.PeerJoined(peer=name, name=name, device="", role=role, token_id=token_id, lease_id=lease_id))
+            self.send(
+                ev.PeerJoined(
+                    peer=name,
+                    name=name,
+                    device="",
+                    role=role,
+                    token_id=token_id,
+                    lease_id=lease_id,
+                    needs_approval=needs_approval,
+                )
+            )
 
     def report(self, *names: str, digest: str | None = None, claimed_steps_per_s: float = 1.0) -> None:
         """Each says that it holds the state after the last merge: the right one, unless a digest is given."""

@@ -82,19 +82,21 @@ def start(
     from worker.governor.preferences import default_path, load_preferences
 
     preferences_path = None if always else settings or default_path()
+    at_first = threads
     if preferences_path is not None:
-        threads = threads or load_preferences(preferences_path).cpu_threads or None
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is loaded, below
+        at_first = threads or load_preferences(preferences_path).cpu_threads or None
+    if at_first is not None:
+        os.environ["OMP_NUM_THREADS"] = str(at_first)  # read when torch is loaded, below
     from worker.daemon import Worker, WorkerOptions
     from worker.device import set_threads
     from worker.live_view import LiveView
 
-    set_threads(threads)
+    set_threads(at_first)
     worker_options = WorkerOptions(
         name=name,
         device=device,
         throttle=throttle,
+        threads=threads,
         preferences_path=preferences_path,
         public=not loopback,
         seed=seed,

@@ -1,12 +1,12 @@
 """From a lease to a contribution: fetch its shards, run its inner steps, encode what came of it, sign a header.
 
-Error feedback lives here: e takes in every pseudo-gradient, and gives up what was sent only when a manifest lists it
-(`settle`). Work that came too late, was refused, or was not this peer's turn is therefore in the next contribution,
+Error feedback lives here: a lease begins at θ - e/2 (protocol.error_feedback), e takes in every pseudo-gradient, and
+gives up what was sent only when a manifest lists it (`settle`). Work that came too late, was refused, or was not this peer's turn is therefore in the next contribution,
 whose header names its shards again.
 
 With overlap the worker goes on while its contribution is exchanged and merged (`go_on`). From θ it has come to θ - Δ;
 it goes on from s = θ - OWN_SHARE Δ, since the others' average is not there yet. When the merge has given θ', the next
-lease starts from where the worker stands, moved by θ' - s, and its pseudo-gradient is θ' minus where it ends: no step
+lease starts from where the worker stands, moved by θ' - e/2 - s, and its pseudo-gradient counts from θ' - e/2: no step
 is lost, and what is agreed on, θ', is the same for all. Between the last step of a lease and the next step there is
 little but one copy of the weights; all other passes over vectors are made beside the training (`keep`, `encode`).
 """
@@ -24,7 +24,7 @@ from protocol import parameters
 from protocol.codecs import codec_of, get_codec
 from protocol.codecs.payload import Vector
 from protocol.documents import Contribution, Genesis, Lease, Manifest, ShardRef, sign
-from protocol.error_feedback import ErrorFeedback
+from protocol.error_feedback import KEPT_SHARE, ErrorFeedback
 from protocol.errors import DiskFullError, DivergedError, PayloadError, VerificationError
 from protocol.exchange.piece_index import has_index, make_piece_index
 from protocol.exchange.store import BlobStore
@@ -32,6 +32,7 @@ from protocol.identity import Identity
 from protocol.replica import State
 from protocol.shard_format import decode_shard
 from protocol.signing import Signed
+from worker.device import set_threads
 from worker.link import CoordinatorLink
 from worker.optimizers import InnerOptimizer
 from worker.saved_lease import HeldLease, LeaseFacts, SavedLease
@@ -67,6 +68,7 @@ class Contributor:
         trainer: Trainer,
         shard_hashes: Sequence[str],
         throttle: Callable[[], float] = lambda: 1.0,
+        threads: Callable[[], int | None] = lambda: None,
         saved: SavedWork,
         saved_lease: SavedLease,
     ) -> None:
@@ -82,6 +84,7 @@ class Contributor:
         self._trainer = trainer
         self._shard_hashes = shard_hashes
         self._throttle = throttle
+        self._threads = threads
         self._saved = saved
         self._saved_lease = saved_lease
         self._feedback = ErrorFeedback(genesis.num_parameters)
@@ -202,7 +205,7 @@ class Contributor:
         if held is None or held.lease.base_digest == base_digest:
             return held
         try:
-            self._feedback.compensate(held.displacement, 1.0)
+            self._feedback.compensate(held.displacement, 1.0 - KEPT_SHARE)
         except PayloadError as error:
             log.warning("the lease in hand of the last time is not taken up", error=str(error))
         return None
@@ -234,10 +237,11 @@ class Contributor:
             lead_shards = held.facts.lead_shards
             parameters.assign(self._trainer.model, state.theta - held.displacement)
         elif self._is_ahead and self._start is not None:
-            np.subtract(state.theta, self._start, out=self._displacement)
+            self._feedback.start(state.theta, out=self._displacement)
+            self._displacement -= self._start
             parameters.shift(self._trainer.model, self._displacement)
         else:
-            parameters.assign(self._trainer.model, state.theta)
+            parameters.assign(self._trainer.model, self._feedback.start(state.theta, out=self._displacement))
         self._is_ahead, self._start = False, None
 
         def note_step(step: StepReport) -> None:
@@ -278,7 +282,8 @@ class Contributor:
     def _keep(self, state: State, trained: Trained, *, is_ahead: bool) -> Vector:
         np.subtract(state.theta, trained.weights, out=self._displacement)
         try:
-            residual = self._feedback.compensate(self._displacement, self._genesis.spec.exchange.error_feedback_decay)
+            decay = self._genesis.spec.exchange.error_feedback_decay - KEPT_SHARE
+            residual = self._feedback.compensate(self._displacement, decay)
         except PayloadError as error:
             raise DivergedError("the lease gave no finite result; lower train.learning_rate") from error
         if is_ahead:
@@ -304,6 +309,7 @@ class Contributor:
         on_step: Callable[[StepReport], None],
         steps_done: int = 0,
     ) -> TrainResult:
+        set_threads(self._threads())  # of this very thread
         result = self._trainer.train(
             [self._rows[self._shard_hashes[ref.index]] for ref in refs],
             tokens_before=tokens_before,

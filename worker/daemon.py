@@ -60,6 +60,7 @@ class WorkerOptions:
     name: str
     device: str = "auto"
     throttle: float = 1.0  # share of the time that is computed
+    threads: int | None = None  # of the CPU; None: as the settings say
     preferences_path: Path | None = None  # the volunteer's settings; None: compute always, whatever the machine does
     public: bool = True  # listen on all interfaces, or on loopback alone
     seed: bool = False  # serve everybody's payloads
@@ -141,13 +142,21 @@ class Worker:
         The first connection must succeed: whoever has just typed an invite is told at once what is wrong with it.
         """
         pause_s, last_seen = FIRST_PAUSE_S, None
+
+        def wait_for_approval(reason: str) -> None:
+            nonlocal last_seen
+            last_seen = time.monotonic()
+            if self.status.activity != reason:
+                log.info(reason)
+            self._show(reason)
+
         while not self._finished:
             await self._online.wait()
             try:
                 async with CoordinatorLink(
                     self.invite_text, self._invite, self._coordinator_key, self.identity, self._node.uploads
                 ) as link:
-                    await link.join(self._introduce())
+                    await link.join(self._introduce(), wait_for_approval)
                     log.info("joined", run=link.genesis.spec.name, run_id=link.genesis.run_id)
                     pause_s, last_seen = FIRST_PAUSE_S, time.monotonic()
                     await self._converse_while_online(link)
@@ -246,6 +255,7 @@ class Worker:
             trainer=trainer,
             shard_hashes=hashes,
             throttle=lambda: self.throttle,
+            threads=self._choose_threads,
             saved=SavedWork(self.home.folder),
             saved_lease=self._saved_lease,
         )
@@ -279,6 +289,9 @@ class Worker:
     @property
     def throttle(self) -> float:
         return min(self.options.throttle, self._governor.throttle if self._governor else 1.0)
+
+    def _choose_threads(self) -> int | None:
+        return self.options.threads or (self._governor.preferences.cpu_threads or None if self._governor else None)
 
     def wait_while_paused(self, should_stop: Callable[[], bool]) -> bool:
         return self._governor.wait_while_paused(should_stop) if self._governor else not should_stop()

@@ -66,7 +66,7 @@ def count_cores() -> int:
 def set_threads(num_threads: int | None = None) -> int:
     """Let torch compute with so many threads (None: one a core) and return how many.
 
-    Threads that already used torch keep their number: call it before the training thread starts.
+    It holds for the calling thread, and for threads that use torch for the first time afterwards.
     """
     chosen = num_threads or count_cores()
     torch.set_num_threads(chosen)

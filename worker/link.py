@@ -5,7 +5,7 @@ on it. A link is used once: when the connection breaks, the owner opens another.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -45,6 +45,7 @@ from protocol.wire.coordinator_pb2_grpc import CoordinatorServiceStub
 
 log = structlog.get_logger()
 ANSWER_TIMEOUT_S = 20.0
+WAITING_TOLD_EVERY_S = 2.0
 CHUNK_TIMEOUT_S = 60.0
 CHUNK_BYTES = 256 * 1024
 MAX_HASHES = 4096
@@ -115,8 +116,12 @@ class CoordinatorLink:
             await asyncio.gather(self._read, return_exceptions=True)
         await self._channel.close(grace=1.0)
 
-    async def join(self, introduction: Introduction) -> pb.Welcome:
-        """Answer the challenge and be let in. Raises InviteError, RefusedError or ConnectionFailedError."""
+    async def join(self, introduction: Introduction, on_wait: Callable[[str], None] = lambda _: None) -> pb.Welcome:
+        """Answer the challenge and be let in, at once or when the operator has approved this peer.
+
+        `on_wait` is told what it waits for, again and again; what it raises ends the session. Raises InviteError,
+        RefusedError or ConnectionFailedError.
+        """
         self._call = self._stub.Session(self._outgoing())
         self._messages = self._call.__aiter__()
         challenge = await self._receive(ANSWER_TIMEOUT_S)
@@ -136,12 +141,26 @@ class CoordinatorLink:
         )
         self.send(join_request=pack(sign(request, self._identity)))
         answer = await self._receive(ANSWER_TIMEOUT_S)
+        if answer.WhichOneof("message") == "phase":
+            answer = await self._wait_for_approval(answer.phase.reason, on_wait)
         if answer.WhichOneof("message") != "welcome":
             raise VerificationError("the coordinator answered a join request with something else")
         self.welcome = answer.welcome
         self.genesis = self.open(unpack(self.welcome.genesis), Genesis)
         self._metadata = (("session-token", self.welcome.session_token),)
         return self.welcome
+
+    async def _wait_for_approval(self, reason: str, on_wait: Callable[[str], None]) -> pb.CoordinatorMessage:
+        try:
+            done = False
+            while not done:
+                on_wait(reason)
+                done = await self._wait_for_message(WAITING_TOLD_EVERY_S)
+            return await self._receive(None)
+        except (asyncio.CancelledError, ManyhandsError):
+            self.send(leaving=pb.Leaving(reason="stopped by its owner"))
+            await self.drain()
+            raise
 
     def open(self, signed: Signed, model: type[D]) -> D:
         """A document that the coordinator signed for this run. Raises VerificationError."""
@@ -162,10 +181,7 @@ class CoordinatorLink:
             yield await self._receive(None)
 
     async def _receive(self, timeout_s: float | None) -> pb.CoordinatorMessage:
-        # Whoever is cancelled here must still be able to say goodbye, and gRPC ends a call whose read is cancelled.
-        self._read = self._read or asyncio.ensure_future(anext(self._messages))
-        done, _ = await asyncio.wait({self._read}, timeout=timeout_s)
-        if not done:
+        if not await self._wait_for_message(timeout_s) or self._read is None:
             raise ConnectionFailedError(f"{self._invite.address} does not answer")
         read, self._read = self._read, None
         try:
@@ -182,6 +198,13 @@ class CoordinatorLink:
                 raise ConnectionFailedError(f"the coordinator ended the session: {refused.reason}")
             raise RefusedError(f"the coordinator refused this worker: {refused.reason}")
         return message
+
+    async def _wait_for_message(self, timeout_s: float | None) -> bool:
+        """Whether the next message, or the end, is here."""
+        # Whoever is cancelled here must still be able to say goodbye, and gRPC ends a call whose read is cancelled.
+        self._read = self._read or asyncio.ensure_future(anext(self._messages))
+        done, _ = await asyncio.wait({self._read}, timeout=timeout_s)
+        return bool(done)
 
     async def drain(self, timeout_s: float = 5.0) -> None:
         """Send what is queued, end the session and wait until the coordinator has taken it."""

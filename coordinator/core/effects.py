@@ -15,6 +15,30 @@ class RefusePeer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HoldPeer:
+    """The join is in order, but the operator has not approved the peer: its session waits."""
+
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmitPeer:
+    """The operator has approved a peer whose session waits."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DismissPeer:
+    """The operator has banned the peer: end its session, if there is one."""
+
+    peer: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GrantLease:
     peer: str
     lease_id: int
@@ -156,6 +180,9 @@ class AnnouncePhase:
 
 Effect = (
     RefusePeer
+    | HoldPeer
+    | AdmitPeer
+    | DismissPeer
     | GrantLease
     | CheckPayload
     | JudgeContribution

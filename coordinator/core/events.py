@@ -16,6 +16,9 @@ from coordinator.core.state import Unit
 class InviteIssued:
     token_id: str
     uses: int
+    role: str = "worker"
+    issued_unix_s: float = 0.0
+    expires_unix_s: float = 0.0
     kind: Literal["invite_issued"] = "invite_issued"
 
 
@@ -33,6 +36,9 @@ class PeerJoined:
     role: str
     token_id: str
     lease_id: int | None  # a lease that the peer still works on, after a broken connection
+    software: str = ""
+    unix_s: float = 0.0
+    needs_approval: bool = False  # when it is new
     kind: Literal["peer_joined"] = "peer_joined"
 
 
@@ -142,6 +148,35 @@ class PauseRequested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerBanned:
+    """The operator wants no more of this peer; `reason` is what it is told."""
+
+    peer: str
+    reason: str
+    kind: Literal["peer_banned"] = "peer_banned"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerUnbanned:
+    peer: str
+    kind: Literal["peer_unbanned"] = "peer_unbanned"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerApproved:
+    peer: str
+    kind: Literal["peer_approved"] = "peer_approved"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTimeSet:
+    """What a round should take from the next one on; None: as the spec says."""
+
+    seconds: float | None
+    kind: Literal["round_time_set"] = "round_time_set"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorRestarted:
     """The coordinator's process is new: every session is gone, leases go on."""
 
@@ -162,6 +197,10 @@ Event = (
     | EvaluationReported
     | TimerFired
     | PauseRequested
+    | PeerBanned
+    | PeerUnbanned
+    | PeerApproved
+    | RoundTimeSet
     | CoordinatorRestarted
 )
 

@@ -45,9 +45,12 @@ def handle(state: State, event: ev.Event, now_s: float) -> list[Effect]:
 
 def describe_phase(state: State) -> str:
     """Why the run stands where it stands, in words."""
-    here = [peer for peer in state.peers.values() if peer.status is not PeerStatus.GONE and peer.role == "worker"]
+    joined = [peer for peer in state.peers.values() if peer.status is not PeerStatus.GONE and peer.role == "worker"]
+    here = [peer for peer in joined if not peer.waiting_for_approval]
     num_workers, num_paused = len(here), sum(bool(peer.pause_reason) for peer in here)
     but = f"; {num_paused} paused" if num_paused else ""
+    num_waiting = len(joined) - num_workers
+    but += f"; {num_waiting} for the operator to approve" if num_waiting else ""
     match state.phase:
         case Phase.WAITING_FOR_PEERS:
             return f"{num_workers} of {state.spec.round.min_peers} workers have joined{but}"
@@ -118,7 +121,9 @@ def _has_enough(state: State, peer_ids: Collection[str]) -> bool:
 
 
 def _takes_leases(peer: Peer) -> bool:
-    return peer.role == "worker" and peer.status is not PeerStatus.GONE and not peer.pause_reason
+    if peer.waiting_for_approval or peer.pause_reason:
+        return False
+    return peer.role == "worker" and peer.status is not PeerStatus.GONE
 
 
 def _end_wait(state: State, now_s: float) -> bool:
@@ -182,6 +187,11 @@ def _pause(state: State, event: ev.PauseRequested, _: float) -> list[Effect]:
     return []
 
 
+def _set_round_time(state: State, event: ev.RoundTimeSet, _: float) -> list[Effect]:
+    state.round_time_s = event.seconds
+    return []
+
+
 def _wake(_: State, __: ev.TimerFired, ___: float) -> list[Effect]:
     return []
 
@@ -200,5 +210,9 @@ _HANDLERS: dict[type, Callable[[State, Any, float], list[Effect]]] = {
     ev.EvaluationReported: _evaluate,
     ev.TimerFired: _wake,
     ev.PauseRequested: _pause,
+    ev.PeerBanned: peers.ban,
+    ev.PeerUnbanned: peers.unban,
+    ev.PeerApproved: peers.approve,
+    ev.RoundTimeSet: _set_round_time,
     ev.CoordinatorRestarted: peers.restart,
 }

@@ -8,7 +8,15 @@ from collections import Counter
 
 from coordinator.core import events as ev
 from coordinator.core import groups, leases, rounds
-from coordinator.core.effects import Effect, RefusePeer, RequestResync
+from coordinator.core.effects import (
+    AdmitPeer,
+    DismissPeer,
+    Effect,
+    HoldPeer,
+    JudgeContribution,
+    RefusePeer,
+    RequestResync,
+)
 from coordinator.core.state import InviteRecord, LeaseStatus, Peer, PeerStatus, State
 
 
@@ -49,7 +57,13 @@ def _drop_report(state: State, peer_id: str, status: PeerStatus) -> None:
 
 
 def issue_invite(state: State, event: ev.InviteIssued, _: float) -> list[Effect]:
-    state.invites[event.token_id] = InviteRecord(uses_left=event.uses)
+    state.invites[event.token_id] = InviteRecord(
+        uses_left=event.uses,
+        role=event.role,
+        uses=event.uses,
+        issued_unix_s=event.issued_unix_s,
+        expires_unix_s=event.expires_unix_s,
+    )
     return []
 
 
@@ -63,6 +77,8 @@ def revoke_invite(state: State, event: ev.InviteRevoked, _: float) -> list[Effec
 def join(state: State, event: ev.PeerJoined, now_s: float) -> list[Effect]:
     """Let a peer in, or refuse it. It holds no state until it reports one."""
     known = state.peers.get(event.peer)
+    if known is not None and known.banned:
+        return [_refuse(event.peer, "banned", _describe_ban(known))]
     if known is None or known.token_id != event.token_id:
         invite = state.invites.get(event.token_id)
         if invite is None or invite.revoked:
@@ -72,11 +88,18 @@ def join(state: State, event: ev.PeerJoined, now_s: float) -> list[Effect]:
         invite.uses_left -= 1
     if known is None:
         known = state.peers[event.peer] = Peer(
-            name=event.name, device=event.device, role=event.role, token_id=event.token_id
+            name=event.name,
+            device=event.device,
+            role=event.role,
+            token_id=event.token_id,
+            joined_unix_s=event.unix_s,
+            waiting_for_approval=event.needs_approval,
         )
     known.name, known.device, known.token_id, known.role = event.name, event.device, event.token_id, event.role
-    known.pause_reason = ""
+    known.software, known.pause_reason, known.state_round = event.software, "", -1
     _drop_report(state, event.peer, PeerStatus.SYNCING)
+    if known.waiting_for_approval:
+        return [HoldPeer(peer=event.peer, reason="waiting for the operator's approval")]
     _restore_lease(state, event)
     return groups.order_again(state, event.peer, now_s)
 
@@ -111,6 +134,51 @@ def leave(state: State, event: ev.PeerLeft, now_s: float) -> list[Effect]:
     return groups.leave(state, event.peer, now_s)
 
 
+def ban(state: State, event: ev.PeerBanned, now_s: float) -> list[Effect]:
+    """Nothing more is taken from the peer. What is merged or accepted stays; its other work can be leased again."""
+    peer = state.peers.get(event.peer)
+    if peer is None or peer.banned:
+        return []
+    peer.banned, peer.ban_reason, peer.waiting_for_approval = True, event.reason, False
+    reason = _describe_ban(peer)
+    effects = [DismissPeer(peer=event.peer, code="banned", reason=reason), *_take_lease_back(state, event.peer, reason)]
+    leases.release_carried(state.pool, peer)
+    return effects + leave(state, ev.PeerLeft(peer=event.peer, reason=reason), now_s)
+
+
+def _describe_ban(peer: Peer) -> str:
+    return "its operator banned it" + (f" ({peer.ban_reason})" if peer.ban_reason else "")
+
+
+def _take_lease_back(state: State, peer: str, reason: str) -> list[Effect]:
+    """Close a lease that is not accepted; a committed contribution is refused."""
+    round_ = state.round
+    lease = round_.leases.get(peer) if round_ else None
+    if round_ is None or lease is None or lease.status is LeaseStatus.ACCEPTED:
+        return []
+    committed = lease.candidate
+    leases.close_lease(state.pool, round_, lease)
+    if committed is None:
+        return []
+    return [JudgeContribution(peer=peer, payload_hash=committed.payload_hash, accepted=False, reason=reason)]
+
+
+def unban(state: State, event: ev.PeerUnbanned, _: float) -> list[Effect]:
+    """The peer may join again."""
+    if event.peer in state.peers:
+        state.peers[event.peer].banned, state.peers[event.peer].ban_reason = False, ""
+    return []
+
+
+def approve(state: State, event: ev.PeerApproved, _: float) -> list[Effect]:
+    """A peer that waits is let in, now or when it joins again."""
+    peer = state.peers.get(event.peer)
+    if peer is None or not peer.waiting_for_approval:
+        return []
+    peer.waiting_for_approval = False
+    return [] if peer.status is PeerStatus.GONE else [AdmitPeer(peer=event.peer)]
+
+
 def report_availability(state: State, event: ev.AvailabilityReported, _: float) -> list[Effect]:
     """A paused worker gets no leases, and no round waits for it to merge. What it holds it returns itself."""
     if event.peer in state.peers:
@@ -121,7 +189,7 @@ def report_availability(state: State, event: ev.AvailabilityReported, _: float) 
 def report_state(state: State, event: ev.StateReported, _: float) -> list[Effect]:
     """A peer says which state it holds. The validator's word can end a round that was opened on another state."""
     peer = state.peers.get(event.peer)
-    if peer is None or peer.status is PeerStatus.GONE:
+    if peer is None or peer.status is PeerStatus.GONE or peer.waiting_for_approval:
         return []
     if not peer.observed and peer.steps_per_s == 0.0:
         peer.steps_per_s = min(max(event.claimed_steps_per_s, 0.0), leases.MAX_CLAIMED_STEPS_PER_S)
@@ -131,6 +199,7 @@ def report_state(state: State, event: ev.StateReported, _: float) -> list[Effect
         _drop_report(state, event.peer, PeerStatus.SYNCING)
         reason = f"a state after {event.round} rounds; the run has merged {state.rounds_merged}"
         return [RequestResync(peer=event.peer, reason=reason)]
+    peer.state_round = event.round
     if event.round < state.rounds_merged:
         if event.peer not in state.awaited:
             _drop_report(state, event.peer, PeerStatus.SYNCING)

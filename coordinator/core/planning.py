@@ -10,7 +10,7 @@ from protocol.signing import sha256_hex
 
 def plan_round(state: State, workers: Collection[str]) -> ExchangePlan:
     """Codec and inner steps for a round of these workers, of which there must be one (protocol.policy)."""
-    exchange, inner_steps = state.spec.exchange, state.spec.round.inner_steps
+    exchange, inner_steps, before = state.spec.exchange, state.spec.round.inner_steps, state.plan
     return plan_exchange(
         num_parameters=state.num_parameters,
         contributors=min(len(workers), exchange.max_contributors),
@@ -19,6 +19,8 @@ def plan_round(state: State, workers: Collection[str]) -> ExchangePlan:
         codec=exchange.codec,
         options=exchange.codec_options,
         inner_steps=None if inner_steps == AUTO else inner_steps,
+        round_s=state.round_time_s,
+        held_steps=before.inner_steps if before and before.round_s == state.round_time_s else None,
     )
 
 

@@ -51,7 +51,13 @@ class Peer:
     device: str
     role: str
     token_id: str
+    software: str = ""
+    joined_unix_s: float = 0.0  # for the first time
+    waiting_for_approval: bool = False  # joined, but gets no state and no leases yet
+    banned: bool = False
+    ban_reason: str = ""
     status: PeerStatus = PeerStatus.SYNCING
+    state_round: int = -1  # rounds merged in the state that it last reported; -1: none since it joined
     pause_reason: str = ""  # why it takes no leases for now; empty: it does
     steps_per_s: float = 0.0
     observed: bool = False  # False: steps_per_s is only what the peer claimed
@@ -154,6 +160,10 @@ class ShardPool:
 class InviteRecord:
     uses_left: int
     revoked: bool = False
+    role: str = "worker"
+    uses: int = 0  # 0: issued by a version that did not keep it
+    issued_unix_s: float = 0.0
+    expires_unix_s: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -170,6 +180,7 @@ class State:
     next_lease_id: int = 1
     round: Round | None = None
     plan: ExchangePlan | None = None  # of the last round that was opened
+    round_time_s: float | None = None  # what the operator wants a round to take; None: as the spec says
     peers: dict[str, Peer] = field(default_factory=dict)
     invites: dict[str, InviteRecord] = field(default_factory=dict)
     reports: dict[str, str] = field(default_factory=dict)  # peer -> digest after `rounds_merged` rounds

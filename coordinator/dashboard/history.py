@@ -1,4 +1,4 @@
-"""The run's closed rounds as the page needs them: two curves of bounded size, and totals.
+"""The run's closed rounds as the page needs them: curves of bounded size, and totals.
 
 Reads each row once, in a thread, and keeps no rows: a run of a million rounds takes no more memory than one of a
 thousand. What it holds is derived; the ledger is what counts.
@@ -48,10 +48,15 @@ class RoundHistory:
     """Follows the rounds table."""
 
     def __init__(self, engine: Engine) -> None:
-        self.train = Curve()
+        self.train = Curve()  # loss against tokens
         self.held_out = Curve()
+        self.train_by_time = Curve()  # loss against hours since the first round
+        self.held_out_by_time = Curve()
+        self.first_unix_s: float | None = None
         self.last_held_out_loss: float | None = None
         self.payload_bytes = 0
+        self.contributions = 0
+        self.evaluations = 0
         self._engine = engine
         self._reading = asyncio.Lock()
         self._next_round = 0
@@ -82,15 +87,27 @@ class RoundHistory:
         (first_s, first_tokens), (last_s, last_tokens) = self._recent[0], self._recent[-1]
         return (last_tokens - first_tokens) / (last_s - first_s) if last_s > first_s else None
 
+    def hours(self, unix_s: float) -> float:
+        """Since the first round was closed."""
+        self.first_unix_s = unix_s if self.first_unix_s is None else self.first_unix_s
+        return (unix_s - self.first_unix_s) / 3600
+
     def _fetch_closed(self) -> Sequence[Any]:
-        columns = (RoundRow.round, RoundRow.unix_s, RoundRow.tokens_after, RoundRow.mean_loss, RoundRow.payload_bytes)
+        columns = (
+            RoundRow.round,
+            RoundRow.unix_s,
+            RoundRow.tokens_after,
+            RoundRow.mean_loss,
+            RoundRow.payload_bytes,
+            RoundRow.contributions,
+        )
         query = select(*columns).where(RoundRow.round >= self._next_round).order_by(RoundRow.round)
         with self._engine.connect() as connection:
             return connection.execute(query.limit(ROWS_A_READ)).all()
 
     def _fetch_evaluated(self) -> Sequence[Any]:
         query = (
-            select(RoundRow.round, RoundRow.tokens_after, RoundRow.held_out_loss)
+            select(RoundRow.round, RoundRow.unix_s, RoundRow.tokens_after, RoundRow.held_out_loss)
             .where(RoundRow.round >= self._next_evaluated, RoundRow.held_out_loss.is_not(None))
             .order_by(RoundRow.round)
         )
@@ -98,16 +115,20 @@ class RoundHistory:
             return connection.execute(query.limit(ROWS_A_READ)).all()
 
     def _take_closed(self, rows: Sequence[Any]) -> None:
-        for round_, unix_s, tokens_after, mean_loss, payload_bytes in rows:
+        for round_, unix_s, tokens_after, mean_loss, payload_bytes, contributions in rows:
             self.train.add(tokens_after, mean_loss)
+            self.train_by_time.add(self.hours(unix_s), mean_loss)
             self.payload_bytes += payload_bytes
+            self.contributions += contributions
             self._recent.append((unix_s, tokens_after))
             while len(self._recent) > 2 and self._recent[0][0] < unix_s - RATE_WINDOW_S:
                 self._recent.popleft()
             self._next_round = round_ + 1
 
     def _take_evaluated(self, rows: Sequence[Any]) -> None:
-        for round_, tokens_after, held_out_loss in rows:
+        for round_, unix_s, tokens_after, held_out_loss in rows:
             self.held_out.add(tokens_after, held_out_loss)
+            self.held_out_by_time.add(self.hours(unix_s), held_out_loss)
             self.last_held_out_loss = held_out_loss
+            self.evaluations += 1
             self._next_evaluated = round_ + 1

@@ -1,14 +1,12 @@
 """What the page says at one moment, worded once for all who look at it. Pure: status and history in, text out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from coordinator.dashboard.history import RoundHistory
 from coordinator.verdict import describe_span
 
-MAX_PEERS = 100
-MAX_ACTIVITY_CHARS = 60
 UNKNOWN = "\N{EN DASH}"
 PHASES = {
     "waiting_for_peers": "Waiting for peers",
@@ -20,28 +18,15 @@ PHASES = {
 }
 _WORKING = ("train", "merge")
 
-Points = tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerRow:
-    """One line of the peers table."""
-
-    name: str
-    role: str
-    status: str
-    activity: str
-    device: str
-    steps_per_s: str
-    tokens: str
-    accepted: str
-    refused: str
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Everything on the page that changes."""
+    """The state at one moment, and what every page says of it."""
 
+    status: Mapping[str, Any]  # what Server.status() gave
+    now_unix_s: float
+    name: str
+    run_id: str
     level: str
     level_words: str
     cause: str
@@ -59,24 +44,20 @@ class Snapshot:
     last_merge: str
     train_loss: str
     held_out_loss: str
-    train: Points  # (tokens, loss)
-    held_out: Points
-    peers_heading: str
-    peers_note: str
-    peers: tuple[PeerRow, ...]
     ledger_head: str
 
 
 def describe(status: Mapping[str, Any], history: RoundHistory, now_unix_s: float) -> Snapshot:
-    """The page's words for Server.status() and the rounds so far."""
+    """The words for Server.status() and the rounds so far."""
     percent = min(100.0, 100.0 * status["tokens"] / status["tokens_target"])
     tokens_per_s = history.tokens_per_s() if status["phase"] in _WORKING else None
     verdict = status["verdict"]
     merged_s = history.last_merge_unix_s
-    peers = status["peers"]
-    gone = sum(peer["status"] == "gone" for peer in peers)
-    hidden = max(0, len(peers) - MAX_PEERS)
     return Snapshot(
+        status=status,
+        now_unix_s=now_unix_s,
+        name=status["name"],
+        run_id=status["run_id"],
         level=verdict["level"],
         level_words=verdict["level"].capitalize(),
         cause=verdict["cause"],
@@ -94,11 +75,6 @@ def describe(status: Mapping[str, Any], history: RoundHistory, now_unix_s: float
         last_merge=UNKNOWN if merged_s is None else describe_age(now_unix_s - merged_s),
         train_loss=_loss(status["train_loss"]),
         held_out_loss=_loss(history.last_held_out_loss),
-        train=_rounded(history.train.points),
-        held_out=_rounded(history.held_out.points),
-        peers_heading=f"Peers ({len(peers) - gone})",
-        peers_note=f"and {hidden:,} more; /api/status lists all" if hidden else "",
-        peers=tuple(_describe_peer(peer) for peer in sorted(peers, key=_is_gone)[:MAX_PEERS]),
         ledger_head=status["ledger_head"],
     )
 
@@ -117,27 +93,5 @@ def _describe_clock(status: Mapping[str, Any], now_unix_s: float) -> str:
     return f"{describe_span(gone_s)} of about {describe_span(max(1.0, expected_s))}"
 
 
-def _describe_peer(peer: Mapping[str, Any]) -> PeerRow:
-    return PeerRow(
-        name=peer["name"] or peer["peer"][-8:],
-        role=peer["role"],
-        status=f"paused: {peer['pause_reason'].replace('_', ' ')}" if peer["pause_reason"] else peer["status"],
-        activity=peer["activity"][:MAX_ACTIVITY_CHARS] or UNKNOWN,
-        device=peer["device"] or UNKNOWN,
-        steps_per_s=f"{peer['steps_per_s']:.1f}" if peer["steps_per_s"] else UNKNOWN,
-        tokens=f"{peer['credited_tokens']:,}",
-        accepted=f"{peer['accepted']:,}",
-        refused=f"{peer['refused']:,}",
-    )
-
-
-def _is_gone(peer: Mapping[str, Any]) -> bool:
-    return bool(peer["status"] == "gone")
-
-
 def _loss(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.3f}"
-
-
-def _rounded(points: Sequence[tuple[float, float]]) -> Points:
-    return tuple((x, round(y, 4)) for x, y in points)

@@ -24,23 +24,20 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from coordinator.storage.base import BIG, Base
+from coordinator.storage.record_batch import RecordBatch
 from protocol.errors import ConfigError, DiskFullError, ManyhandsError
 from protocol.signing import Signed
 
-_BIG = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only for INTEGER
 CONNECT_TIMEOUT_S = 10
 _URL_HINT = "in a password, write @ as %40, : as %3A and / as %2F"
 
 
-class Base(DeclarativeBase):
-    pass
-
-
 class JournalRow(Base):
     __tablename__ = "journal"
-    seq: Mapped[int] = mapped_column(_BIG, primary_key=True)
+    seq: Mapped[int] = mapped_column(BIG, primary_key=True)
     now_s: Mapped[float] = mapped_column(Float)
     unix_s: Mapped[float] = mapped_column(Float)
     event: Mapped[bytes] = mapped_column(LargeBinary)
@@ -55,7 +52,7 @@ class SnapshotRow(Base):
 
 class LedgerRow(Base):
     __tablename__ = "ledger"
-    seq: Mapped[int] = mapped_column(_BIG, primary_key=True)
+    seq: Mapped[int] = mapped_column(BIG, primary_key=True)
     kind: Mapped[str] = mapped_column(String(32), index=True)
     round: Mapped[int | None] = mapped_column(BigInteger, index=True)
     unix_s: Mapped[float] = mapped_column(Float)
@@ -82,7 +79,7 @@ class RoundRow(Base):
     """What a closed round looked like, for the page. Derived; the ledger is what counts."""
 
     __tablename__ = "rounds"
-    round: Mapped[int] = mapped_column(_BIG, primary_key=True)
+    round: Mapped[int] = mapped_column(BIG, primary_key=True)
     unix_s: Mapped[float] = mapped_column(Float)
     seconds: Mapped[float] = mapped_column(Float)
     tokens_after: Mapped[int] = mapped_column(BigInteger)
@@ -101,6 +98,7 @@ class Batch:
     documents: list[Signed] = field(default_factory=list)
     rounds: list[RoundRow] = field(default_factory=list)
     held_out: dict[int, float] = field(default_factory=dict)  # round -> loss
+    records: RecordBatch = field(default_factory=RecordBatch)
     snapshot: tuple[int, bytes] | None = None  # journal seq, state
 
 
@@ -116,6 +114,7 @@ class Database:
         self.name = f"the database {parsed.set(query={}).render_as_string(hide_password=True)}"
         try:
             self._engine = _connect(parsed)
+            self._readers = _connect(parsed)
             Base.metadata.create_all(self._engine)
         except ModuleNotFoundError as error:
             raise ConfigError(f"{self.name} needs {error.name}: `pip install 'manyhands[postgresql]'`") from error
@@ -128,8 +127,14 @@ class Database:
     def engine(self) -> Engine:
         return self._engine
 
+    @property
+    def readers(self) -> Engine:
+        """Connections apart from the coordinator's own: however many people look, no commit waits for one."""
+        return self._readers
+
     def close(self) -> None:
         self._engine.dispose()
+        self._readers.dispose()
 
     def commit(self, batch: Batch) -> None:
         """Write the batch in one transaction. Raises DiskFullError when there is no room; then nothing was written."""
@@ -151,6 +156,7 @@ class Database:
                 row = session.get(RoundRow, round_)
                 if row is not None:
                     row.held_out_loss = loss
+            batch.records.write(session.connection())
             if batch.snapshot is not None:
                 seq, state = batch.snapshot
                 session.merge(SnapshotRow(id=1, journal_seq=seq, state=state))

@@ -20,6 +20,7 @@ from coordinator.core.effects import CloseRound, Credit, MergedGroup
 from protocol import parameters
 from protocol.aggregation.merge import merge
 from protocol.codecs import Codec, codec_of, get_codec
+from protocol.error_feedback import KEPT_SHARE, round_start
 from protocol.outer import get_outer
 from protocol.replica import State, merge_into
 from protocol.signing import sha256_hex
@@ -140,12 +141,11 @@ class TensorLearner:
 
     def _train_chunk(self, works: Sequence[Work]) -> None:
         peers = [work.grant.peer for work in works]
-        trained, displacements = self._run(works)
-        decay = np.float32(self._problem.spec.exchange.error_feedback_decay)
         attackers = [place for place, peer in enumerate(peers) if peer in self._attacks]
         residuals = self._residuals.read(peers)
-        residuals *= decay
         residuals[attackers] = 0.0
+        trained, displacements = self._run(works, residuals)
+        residuals *= np.float32(self._problem.spec.exchange.error_feedback_decay - KEPT_SHARE)
         residuals += displacements
         self._residuals.write(peers, residuals)
         self._losses.update(zip(peers, trained.mean_losses.tolist(), strict=True))
@@ -153,8 +153,11 @@ class TensorLearner:
         if ahead:
             self._run_ahead([works[place] for place in ahead], displacements[ahead])
 
-    def _run(self, works: Sequence[Work]) -> tuple[Trained, Vector]:
-        """The works' own shards; also θ minus where each peer has come to, (P, D), what it was ahead included."""
+    def _run(self, works: Sequence[Work], residuals: Vector) -> tuple[Trained, Vector]:
+        """The works' own shards; also θ minus where each peer has come to, (P, D), what it was ahead included.
+
+        residuals, (P, D): the peers' error feedback, part of which is in where they begin.
+        """
         peers = [work.grant.peer for work in works]
         jobs = [
             Job(
@@ -166,15 +169,18 @@ class TensorLearner:
             )
             for work in works
         ]
-        if not any(peer in self._leads for peer in peers):
+        if not any(peer in self._leads or peer in self._residuals for peer in peers):
             trained = self._backend.train(self.state.theta, jobs)
             return trained, trained.pseudo_gradients
-        leads = self._leads.read(peers)
-        trained = self._backend.train(self.state.theta - leads, jobs)
+        starts = round_start(self.state.theta, residuals, out=np.empty_like(residuals))
+        if any(peer in self._leads for peer in peers):
+            starts -= self._leads.read(peers)
         for peer in peers:
             self._leads.clear(peer)
-        leads += trained.pseudo_gradients
-        return trained, leads
+        trained = self._backend.train(starts, jobs)
+        displacements = np.subtract(self.state.theta, starts, out=starts)
+        displacements += trained.pseudo_gradients
+        return trained, displacements
 
     def _run_ahead(self, works: Sequence[Work], displacements: Vector) -> None:
         jobs = [

@@ -13,8 +13,12 @@ from prometheus_client import generate_latest
 
 from coordinator.dashboard.history import MAX_POINTS, Curve, RoundHistory
 from coordinator.dashboard.page import serve_page
-from coordinator.dashboard.snapshot import MAX_PEERS, describe, describe_age
+from coordinator.dashboard.peer_table import describe_row, select
+from coordinator.dashboard.snapshot import describe, describe_age
+from coordinator.dashboard.waterfall import cut, select_bars
 from coordinator.metrics import create_registry
+from coordinator.records.reader import make_waterfall
+from coordinator.records.views import Bar
 from coordinator.storage.database import Batch, Database, RoundRow, sqlite_url
 from protocol.errors import ConfigError
 
@@ -83,6 +87,13 @@ def make_peer(name: str, status: str) -> dict[str, Any]:
         "pause_reason": "",
         "activity": "",
         "connected": status != "gone",
+        "lost": None,
+        "lease": "",
+        "software": "manyhands 0.1.0",
+        "reachable": True,
+        "lag_rounds": 0,
+        "banned": False,
+        "waiting_for_approval": False,
         **counts,
     }
 
@@ -127,20 +138,46 @@ async def test_speed_is_that_of_all_peers_when_rounds_are_short_or_long(
     assert history.tokens_per_s() == pytest.approx(tokens_per_s)
 
 
-def test_gone_peers_stand_last_when_the_table_is_cut(database: Database) -> None:
-    live = [make_peer(f"live-{index}", "ready") for index in range(MAX_PEERS - 1)]
-    gone = [make_peer(f"gone-{index}", "gone") for index in range(3)]
-    snapshot = describe(make_status(peers=[*gone, *live]), RoundHistory(database.engine), 0.0)
-    assert [peer.name for peer in snapshot.peers[-2:]] == [f"live-{MAX_PEERS - 2}", "gone-0"]
-    assert snapshot.peers_heading == f"Peers ({MAX_PEERS - 1})"
-    assert snapshot.peers_note.startswith("and 2 more")
-    assert (snapshot.percent, snapshot.last_merge) == (25.0, "\N{EN DASH}")
+def test_who_has_left_is_hidden_until_asked_for_when_peers_are_listed() -> None:
+    peers = [make_peer("gone", "gone"), make_peer("ada", "ready"), {**make_peer("bob", "ready"), "credited_tokens": 5}]
+
+    def choose(words: str, *, everybody: bool) -> list[str]:
+        chosen, _ = select(peers, words=words, everybody=everybody, sorted_by="tokens", descending=True)
+        return [peer["name"] for peer in chosen]
+
+    assert choose("", everybody=False) == ["bob", "ada"]
+    assert choose(" GONE", everybody=True) == ["gone"]
 
 
-def test_long_activity_is_cut_when_a_peer_sends_one(database: Database) -> None:
-    peer = {**make_peer("eve", "ready"), "activity": "x" * 100_000}
-    snapshot = describe(make_status(peers=[peer]), RoundHistory(database.engine), 0.0)
-    assert len(snapshot.peers[0].activity) < 100
+def test_who_waits_is_told_apart_when_the_list_is_filtered() -> None:
+    waiting = {**make_peer("eve", "syncing"), "waiting_for_approval": True}
+    banned = {**waiting, "banned": True}
+    found = select([waiting, banned], words="ada", everybody=False, sorted_by="name", descending=False)
+    assert found == ([], [waiting])
+
+
+@pytest.mark.parametrize(
+    ("changes", "verb"),
+    [
+        ({}, "ban"),
+        ({"banned": True}, "unban"),
+        ({"waiting_for_approval": True}, "approve"),
+        ({"role": "validator"}, None),
+    ],
+)
+def test_row_offers_the_action_that_fits_when_the_operator_looks(changes: dict[str, Any], verb: str | None) -> None:
+    cell = describe_row({**make_peer("ada", "ready"), **changes}, 128, for_operator=True)["cells"][-1]
+    assert (cell["act"] if verb else cell) == (verb or "")
+
+
+def test_long_activity_is_cut_when_a_peer_sends_one() -> None:
+    row = describe_row({**make_peer("eve", "ready"), "activity": "x" * 100_000}, 128, for_operator=False)
+    assert len(str(row)) < 2000
+
+
+def test_snapshot_has_dashes_when_nothing_is_merged_yet(database: Database) -> None:
+    snapshot = describe(make_status(), RoundHistory(database.engine), 0.0)
+    assert (snapshot.percent, snapshot.last_merge, snapshot.eta) == (25.0, "\N{EN DASH}", "\N{EN DASH}")
 
 
 @pytest.mark.parametrize(
@@ -169,3 +206,24 @@ async def test_page_names_the_key_to_change_when_its_address_cannot_be_used(addr
         server: Any = SimpleNamespace(spec=SimpleNamespace(coordinator=SimpleNamespace(http=http)))
         with pytest.raises(ConfigError, match=rf"cannot serve the page on {http}.*coordinator\.http in run\.toml"):
             serve_page(server)
+
+
+def make_bar(peer: str, **changes: Any) -> Bar:
+    times: dict[str, Any] = {"leased_unix_s": 100.0, "committed_unix_s": 104.0, "checked_unix_s": 105.0}
+    facts: dict[str, Any] = {"lease_id": 1, "round": 7, "device": "", "result": "accepted", "reason": "", "codec": ""}
+    counts: dict[str, Any] = {"inner_steps": 5, "tokens": 10, "payload_bytes": 9, "receipt_seq": None}
+    merged = {"merged_unix_s": 107.0, "compute_s": 3.0}
+    return Bar(**{"peer": peer, "name": peer, **times, **facts, **counts, **merged, **changes})
+
+
+def test_bar_is_cut_into_its_parts_when_the_round_is_closed_or_open() -> None:
+    closed = make_waterfall((make_bar("ada"), make_bar("bob", leased_unix_s=101.0)), 106.0, 0, 7)
+    assert [cut(bar, closed) for bar in closed.bars] == [(0.0, 3.0, 2.0, 1.0), (1.0, 3.0, 1.0, 1.0)]
+    going = make_bar("ada", result="open", committed_unix_s=None, checked_unix_s=None, merged_unix_s=None)
+    assert cut(going, make_waterfall((going,), None, 0, 7), 102.5) == (0.0, 2.5, 0.0, 0.0)
+
+
+def test_straggler_and_failures_stand_first_when_a_round_is_drawn() -> None:
+    slow = make_bar("slow", committed_unix_s=120.0, checked_unix_s=121.0)
+    bars = (make_bar("ada"), make_bar("bad", result="refused"), make_bar("bob"), slow)
+    assert [bar.peer for bar in select_bars(make_waterfall(bars, 122.0, 0, 7))][:2] == ["slow", "bad"]

@@ -1,5 +1,6 @@
 """What a stranger gets from the coordinator's port: health and reflection, and otherwise a refusal with a sentence."""
 
+import asyncio
 import queue
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from coordinator import operator
+from coordinator.run_folder import RunFolder
 from protocol.documents import PROTOCOL_VERSION, TLS_NAME, JoinRequest, OperatorCommand, sign
 from protocol.envelope import pack
 from protocol.identity import Identity
@@ -45,6 +48,10 @@ class Stranger:
         self.run_id = decode_invite(coordinator.invite)[0].run_id
         self._channel = channel
 
+    def open(self, messages: Iterator[pb.PeerMessage]) -> Iterator[pb.CoordinatorMessage]:
+        """A session that says these."""
+        return iter(CoordinatorServiceStub(self._channel).Session(messages, timeout=20))
+
     def converse(self, first: Any) -> pb.CoordinatorMessage:
         """The coordinator's answer to `first(nonce)`, the message that follows its challenge."""
         nonces: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -52,7 +59,7 @@ class Stranger:
         def messages() -> Iterator[pb.PeerMessage]:
             yield first(nonces.get(timeout=20))
 
-        answers = CoordinatorServiceStub(self._channel).Session(messages(), timeout=20)
+        answers = self.open(messages())
         nonces.put(next(answers).challenge.nonce)
         return next(answers)
 
@@ -172,3 +179,103 @@ def test_coordinator_process_never_loads_torch(coordinator: RunningCoordinator) 
     if not maps.exists():
         pytest.skip("only Linux shows what a process has loaded")
     assert "/torch/" not in maps.read_text()
+
+
+# ---- the operator's word on who may join
+
+
+class Conversation:
+    """A session spoken by hand that goes on: a stranger that has joined."""
+
+    def __init__(self, stranger: Stranger) -> None:
+        self._mine: queue.SimpleQueue[pb.PeerMessage | None] = queue.SimpleQueue()
+        self._answers = stranger.open(iter(self._mine.get, None))
+        self.say(stranger.join(self.hear().challenge.nonce))
+
+    def say(self, message: pb.PeerMessage) -> None:
+        self._mine.put(message)
+
+    def hear(self) -> pb.CoordinatorMessage:
+        return next(self._answers)
+
+
+def operate(coordinator: RunningCoordinator, verb: Any, **options: Any) -> dict[str, Any]:
+    return asyncio.run(operator.operate(RunFolder(coordinator.folder), verb, **options))
+
+
+def find(coordinator: RunningCoordinator, stranger: Stranger) -> dict[str, Any]:
+    peers = operate(coordinator, "status")["peers"]
+    return next(peer for peer in peers if peer["peer"] == stranger.identity.peer_id)
+
+
+def test_session_gets_nothing_of_the_run_when_it_waits_for_approval(tmp_path: Path) -> None:
+    with start_coordinator(
+        tmp_path / "run", options=["--no-validator"], invite={"approval": True}, round={"heartbeat_timeout_s": 1.0}
+    ) as coordinator:
+        certificate = (coordinator.folder / "tls.crt").read_bytes()
+        options = (("grpc.ssl_target_name_override", TLS_NAME),)
+        with grpc.secure_channel(coordinator.address, grpc.ssl_channel_credentials(certificate), options) as channel:
+            stranger = Stranger(channel, coordinator)
+            session = Conversation(stranger)
+            notice = session.hear()
+            assert notice.phase == pb.PhaseNotice(
+                phase="waiting_for_approval", reason="waiting for the operator's approval"
+            )
+            session.say(pb.PeerMessage(state=pb.StateReport(round=0, digest="ab" * 32)))
+            operate(coordinator, "pause")
+            operate(coordinator, "resume")
+            assert find(coordinator, stranger)["status"] == "syncing", "what it says of its state does not count"
+            operate(coordinator, "approve", peer=stranger.identity.peer_id)
+            welcome = session.hear()  # and not the phases in between
+            assert len(welcome.welcome.session_token) == 64
+            assert session.hear().phase.phase == "warmup"
+            assert session.hear().refused.code == "silent", "from now on it is to be heard"
+
+
+def test_session_token_is_worthless_at_once_when_its_peer_is_banned(
+    channel: grpc.Channel, coordinator: RunningCoordinator, stranger: Stranger
+) -> None:
+    session = Conversation(stranger)
+    token = session.hear().welcome.session_token
+    stub, metadata = CoordinatorServiceStub(channel), (("session-token", token),)
+    assert list(stub.GetLedger(pb.GetLedgerRequest(), metadata=metadata, timeout=10))
+    operate(coordinator, "ban", peer=stranger.identity.peer_id, reason="noise")
+    with pytest.raises(grpc.RpcError) as refused:
+        list(stub.GetLedger(pb.GetLedgerRequest(), metadata=metadata, timeout=10))
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    heard: list[pb.CoordinatorMessage] = []
+    while not heard or heard[-1].WhichOneof("message") != "refused":
+        heard.append(session.hear())
+    assert heard[-1].refused == pb.Refused(code="banned", reason="its operator banned it (noise)")
+    peer = find(coordinator, stranger)
+    assert (peer["banned"], peer["connected"], peer["lost"]) == (True, False, None)
+
+
+def test_banned_peer_is_refused_when_it_joins_again_with_another_invite(
+    coordinator: RunningCoordinator, stranger: Stranger
+) -> None:
+    assert stranger.converse(stranger.join).WhichOneof("message") == "welcome"
+    operate(coordinator, "ban", peer=stranger.identity.peer_id)
+    stranger.invite = operate(coordinator, "invite", uses=1)["invite"]
+    answer = stranger.converse(lambda nonce: stranger.join(nonce, name="somebody else"))
+    assert answer.refused == pb.Refused(code="banned", reason="its operator banned it")
+    assert operate(coordinator, "invites")["invites"][0]["uses_left"] == 1, "a refusal uses no invite up"
+
+
+def test_signed_ban_is_refused_when_it_is_replayed_or_changed(
+    channel: grpc.Channel, coordinator: RunningCoordinator, stranger: Stranger
+) -> None:
+    assert stranger.converse(stranger.join).WhichOneof("message") == "welcome"
+    identity = Identity.load_or_create(coordinator.folder / "coordinator.key")
+    command = operator_command(stranger.run_id, verb="ban", peer=stranger.identity.peer_id, nonce="12" * 32)
+    request = pb.OperatorRequest(command=pack(sign(command, identity)))
+    stub = CoordinatorServiceStub(channel)
+    stub.Operate(request, timeout=10)
+    operate(coordinator, "unban", peer=stranger.identity.peer_id)
+    changed = pb.OperatorRequest(command=request.command)
+    changed.command.body = changed.command.body.replace(b"12" * 32, b"34" * 32)
+    for again in (request, changed):
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Operate(again, timeout=10)
+        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert find(coordinator, stranger)["banned"] is False

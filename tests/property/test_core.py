@@ -65,6 +65,7 @@ class Core(RuleBasedStateMachine):
         codec=st.sampled_from(["int2", "auto"]),
         group_size=st.sampled_from([0, 0, 1, 2]),
         butterfly=st.sampled_from([False, False, True]),
+        approval=st.sampled_from([False, False, True]),
     )
     def begin(self, **drawn: Any) -> None:
         self.run = CoreRun(
@@ -86,6 +87,7 @@ class Core(RuleBasedStateMachine):
         self.lease_ids: set[int] = set()
         self.credited: list[Unit] = []
         self.snapshot: tuple[int, bytes] = (0, self.fresh)
+        self.approval: bool = drawn["approval"]
         self.come_back(names=WORKERS, speed=1.0, right=1)
 
     # ---- one event, and what must be true of its effects
@@ -184,7 +186,21 @@ class Core(RuleBasedStateMachine):
         held = self.run.granted.get(name)
         lease_id = {"none": None, "held": held.lease_id if held else None, "other": 77}[which]
         role = "validator" if name == VALIDATOR else "worker"
-        self.send(ev.PeerJoined(peer=name, name=name, device="", role=role, token_id=TOKEN, lease_id=lease_id), after_s)
+        known = self.run.state.peers.get(name)
+        self.send(
+            ev.PeerJoined(
+                peer=name,
+                name=name,
+                device="",
+                role=role,
+                token_id=TOKEN,
+                lease_id=lease_id,
+                needs_approval=self.approval and role == "worker",
+            ),
+            after_s,
+        )
+        assert bool(self.run.find(fx.RefusePeer)) == bool(known and known.banned)
+        assert bool(self.run.find(fx.HoldPeer)) == self.run.peer(name).waiting_for_approval
         if which == "none":
             self.trained[name] = []
 
@@ -381,6 +397,28 @@ class Core(RuleBasedStateMachine):
             case _:
                 self.snapshot = (len(self.run.journal), dump_state(self.run.state))
 
+    @rule(name=NAMES, kind=st.sampled_from(["ban", "unban", "unban", "approve", "approve", "approve"]))
+    def judge_peer(self, name: str, kind: str) -> None:
+        before = replace(self.run.peer(name)) if name in self.run.state.peers else None
+        match kind:
+            case "ban":
+                kept = name in self.names_with(LeaseStatus.ACCEPTED)
+                self.send(ev.PeerBanned(peer=name, reason="noise"))
+                assert bool(self.run.find(fx.DismissPeer)) == (before is not None and not before.banned)
+                if kept and self.run.state.round is not None and not self.run.find(fx.CloseRound):
+                    assert name in self.names_with(LeaseStatus.ACCEPTED, LeaseStatus.CLOSED)
+            case "unban":
+                self.send(ev.PeerUnbanned(peer=name))
+            case _:
+                self.send(ev.PeerApproved(peer=name))
+                waited = before is not None and before.waiting_for_approval
+                admitted = waited and before is not None and before.status is not PeerStatus.GONE
+                assert bool(self.run.find(fx.AdmitPeer)) == admitted
+
+    @rule(seconds=st.sampled_from([None, None, 1.0, 60.0, 3600.0]))
+    def set_round_time(self, seconds: float | None) -> None:
+        self.send(ev.RoundTimeSet(seconds=seconds))
+
     # ---- what always holds
 
     @invariant()
@@ -431,6 +469,15 @@ class Core(RuleBasedStateMachine):
             unsettled = [lease for lease in state.round.leases.values() if lease.status in waiting]
             assert state.round.unsettled == len(unsettled)
             assert unsettled or not all(group.merged or group.failed for group in state.round.groups)
+
+    @invariant()
+    def who_is_banned_or_waits_has_no_part(self) -> None:
+        state = self.run.state
+        outside = {name for name, peer in state.peers.items() if peer.banned or peer.waiting_for_approval}
+        assert not outside & {*state.reports, *state.awaited}
+        assert not outside & set(self.names_with(LeaseStatus.OPEN, LeaseStatus.COMMITTED, LeaseStatus.ASIDE))
+        banned = [peer for peer in state.peers.values() if peer.banned]
+        assert all(peer.status is PeerStatus.GONE for peer in banned)
 
     @invariant()
     def what_is_committed_is_judged(self) -> None:

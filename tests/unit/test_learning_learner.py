@@ -10,7 +10,7 @@ import pytest
 from coordinator.core.effects import CloseRound, Credit, GrantLease, MergedGroup
 from protocol.aggregation.merge import merge
 from protocol.codecs import get_codec
-from protocol.error_feedback import ErrorFeedback
+from protocol.error_feedback import KEPT_SHARE, ErrorFeedback
 from protocol.errors import ConfigError
 from protocol.outer import get_outer
 from protocol.replica import State, merge_into
@@ -115,8 +115,9 @@ def test_the_state_is_bitwise_what_trainer_feedback_codec_and_merge_make(problem
                 round_tokens=grant.round_tokens,
                 lease_tokens=2 * problem.spec.shard_tokens,
             )
-            trained = trainer.train(state.theta, [own]).pseudo_gradients[0]
-            payloads[peer] = codec.encode(feedback[peer].compensate(trained, 1.0))
+            start = feedback[peer].start(state.theta, out=np.empty_like(state.theta))
+            moved = (state.theta - start) + trainer.train(start, [own]).pseudo_gradients[0]
+            payloads[peer] = codec.encode(feedback[peer].compensate(moved, 1.0 - KEPT_SHARE))
         sent = play(learner, credited)
         assert {peer: one.payload_hash for peer, one in sent.items()} == {
             peer: sha256_hex(payload) for peer, payload in payloads.items()

@@ -18,7 +18,7 @@ class EncodingContributor:
     def __init__(self) -> None:
         self.encoding, self.may_end = asyncio.Event(), asyncio.Event()
 
-    def compute_deadline_s(self, lease: Any) -> float:
+    def compute_deadline_s(self, lease: Any, age_s: float) -> float:
         return float("inf")
 
     async def fetch(self, lease: Any, link: Any) -> None: ...

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped] # its types come apart from it
 from prometheus_client import Metric, generate_latest
+from prometheus_client.openmetrics import exposition
+from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator.metrics import create_registry
@@ -35,7 +37,7 @@ STATUS: dict[str, Any] = {
     "validator_expected": True,
     "peers": [
         PEER | {"role": "worker"},
-        PEER | {"role": "worker", "pause_reason": "on_battery"},
+        PEER | {"role": "worker", "pause_reason": "on_battery", "banned": True},
         PEER | {"role": "validator", "connected": False, "status": "gone"},
     ],
 }
@@ -62,6 +64,24 @@ def test_names_follow_the_conventions_when_scraped() -> None:
     assert all(name.endswith(BASE_UNITS) for name in timed)
 
 
+def test_openmetrics_says_the_same_when_scraped() -> None:
+    """Its parser is the stricter one: a family twice, a counter without _total, or no end would raise."""
+    text = exposition.generate_latest(create_registry(lambda: STATUS, lambda: 7)).decode()
+    families = list(openmetrics_parser.text_string_to_metric_families(text))
+    found = {sample.name for family in families for sample in family.samples}
+    assert found == {sample.name for family in scrape().values() for sample in family.samples}
+
+
+def test_nothing_is_left_to_complain_of_for_promtool() -> None:
+    """What `promtool check metrics` looks for, beside what the conventions above say."""
+    for name, family in scrape().items():
+        assert family.documentation.strip()
+        assert not re.search(r"_(gauge|counter|summary|histogram|count|sum|bucket)(_|$)", name)
+        assert not re.search(r"[A-Z]|__|:", name)
+        assert family.type != "untyped"
+        assert all(label == label.lower() for sample in family.samples for label in sample.labels)
+
+
 def test_values_are_those_of_the_status_when_scraped() -> None:
     samples = {
         (sample.name, *sample.labels.values()): sample.value
@@ -71,7 +91,8 @@ def test_values_are_those_of_the_status_when_scraped() -> None:
     assert [samples["manyhands_verdict", level] for level in Level] == [0.0, 1.0, 0.0]
     assert samples["manyhands_connected_peers", "worker"] == 2.0
     assert samples["manyhands_connected_peers", "validator"] == 0.0
-    assert samples["manyhands_paused_workers",] == 1.0
+    assert samples["manyhands_paused_workers",] == samples["manyhands_banned_peers",] == 1.0
+    assert samples["manyhands_unapproved_peers",] == 0.0
     assert samples["manyhands_contributions_total", "accepted"] == 15.0
     assert samples["manyhands_contributions_total", "refused"] == 3.0
 

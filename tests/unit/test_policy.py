@@ -1,5 +1,7 @@
 """The choice of codec and inner steps: fits the link, prefers what learns, and says why."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,8 @@ def plan(
     step_s: float = 0.5,
     codec: str = "auto",
     inner_steps: int | None = None,
+    round_s: float | None = None,
+    held_steps: int | None = None,
 ) -> ExchangePlan:
     links = Links(
         step_s=step_s,
@@ -31,6 +35,8 @@ def plan(
         codec=codec,
         options={},
         inner_steps=inner_steps,
+        round_s=round_s,
+        held_steps=held_steps,
     )
 
 
@@ -107,3 +113,42 @@ def test_stated_size_is_the_real_one(choice: object) -> None:
     vector = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float32)
     size = len(get_codec(choice.codec, dict(choice.options)).encode(vector)) / vector.size
     assert size == pytest.approx(choice.bytes_per_parameter, rel=0.03)
+
+
+# ---- when the operator says how long a round takes
+
+
+def test_steps_fill_the_time_when_a_round_time_is_given() -> None:
+    chosen = plan(codec="int2", inner_steps=20, round_s=120.0, num_parameters=1_000_000)
+    assert chosen.inner_steps == pytest.approx(240, abs=2), "half a second a step, and an exchange that takes little"
+    assert chosen.round_s == 120.0
+    assert chosen.reason.startswith("rounds of 120 s, as the operator wants: int2, ")
+
+
+def test_exchange_is_part_of_the_time_when_a_round_time_is_given() -> None:
+    slow = plan(codec="int8", inner_steps=20, round_s=600.0)  # 101 MB at 20 Mbit/s and seven of them at 100
+    assert 600.0 - 0.5 * slow.inner_steps == pytest.approx(56.4, abs=1.0)
+
+
+def test_smaller_codec_is_chosen_when_the_round_time_is_short() -> None:
+    chosen = [plan(round_s=seconds) for seconds in (10.0, 60.0, 600.0, 3600.0)]
+    sizes = [bytes_of(each) * each.inner_steps for each in chosen]
+    assert sizes == sorted(sizes)
+    assert [chosen[0].codec, chosen[-1].codec] == ["sparse", "int8"]
+
+
+@pytest.mark.parametrize("up_mbps", [None, 20.0])
+@pytest.mark.parametrize("codec", ["auto", "int8", "float32"])
+@pytest.mark.parametrize("round_s", [1.0, 3600.0])
+def test_there_is_at_least_one_step_when_a_round_time_is_given(
+    round_s: float, codec: str, up_mbps: float | None
+) -> None:
+    chosen = plan(codec=codec, round_s=round_s, up_mbps=up_mbps, step_s=1e6)
+    assert chosen.inner_steps == 1
+    assert ("no link was measured yet" in chosen.reason) == (up_mbps is None)
+
+
+def test_steps_are_held_when_the_time_gives_nearly_the_same() -> None:
+    unmeasured: dict[str, Any] = {"codec": "int2", "up_mbps": None, "down_mbps": None}
+    assert plan(**unmeasured, round_s=50.0, held_steps=95).inner_steps == 95
+    assert plan(**unmeasured, round_s=50.0, held_steps=85).inner_steps == 100

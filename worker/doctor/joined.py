@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from protocol.documents import Genesis, Invite
-from protocol.errors import ConfigError, DeviceMemoryError, ManyhandsError
+from protocol.errors import ConfigError, DeviceMemoryError, ManyhandsError, RefusedError
 from protocol.exchange.store import BlobStore
 from protocol.identity import Identity
 from protocol.wire import coordinator_pb2 as pb
@@ -63,7 +63,8 @@ async def visit(invite_text: str, invite: Invite, key: bytes, run: RunHome, name
                     name=name,
                     device=describe_device(device),
                     software=f"manyhands {version('manyhands')} {platform.system()}"[:64],
-                )
+                ),
+                _refuse_to_wait,
             )
             genesis = link.genesis
             await link.fetch_small_blobs([genesis.model_config_hash], store, MAX_CONFIG_BYTES)
@@ -76,6 +77,10 @@ async def visit(invite_text: str, invite: Invite, key: bytes, run: RunHome, name
             download_bps=download_bps,
             peer=identity.peer_id,
         )
+
+
+def _refuse_to_wait(reason: str) -> None:
+    raise RefusedError(f"{reason}; once it is given, try again")
 
 
 def check_download(download_bps: float) -> Finding:

@@ -1,4 +1,4 @@
-"""A worker that ends in the middle of a lease: the one that comes after it goes on, or keeps what was trained."""
+"""One worker's work on one run, over the end of its process: what was trained is gone on with, or kept."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +45,7 @@ class Process:
     """What one process of a worker has, in a folder that the next one finds."""
 
     def __init__(self, folder: Path) -> None:
+        self.threads = 1
         store = BlobStore(folder / "blobs")
         shape = (SPEC.data.shard_steps * SPEC.train.batch_sequences, SPEC.data.sequence_length + 1)
         rng = np.random.default_rng(0)
@@ -73,6 +74,7 @@ class Process:
             store=store,
             trainer=trainer,
             shard_hashes=hashes,
+            threads=lambda: self.threads,
             saved=SavedWork(folder),
             saved_lease=SavedLease(folder, every_steps=3),
         )
@@ -94,19 +96,19 @@ class Process:
             codec_options={},
         )
 
-    async def train(self, *, held: Any = None, die_after: int = 0) -> Trained:
+    async def train(self, *, held: Any = None, die_after: int = 0, note: Any = lambda: None) -> Trained:
         """The whole lease, or until the process dies."""
-        seen = 0
 
-        def note(step: StepReport) -> None:
-            nonlocal seen
-            seen = step.inner_step
-            if seen == die_after:
+        def on_step(step: StepReport) -> None:
+            note()
+            if step.inner_step == die_after:
                 raise KeyboardInterrupt
 
         link = cast(Any, SimpleNamespace(fetch_small_blobs=self._has_them))
         await self.contributor.fetch(self.lease, link)
-        return await self.contributor.train(self.lease, self.state, held=held, should_stop=lambda: False, on_step=note)
+        return await self.contributor.train(
+            self.lease, self.state, held=held, should_stop=lambda: False, on_step=on_step
+        )
 
     async def _has_them(self, *_: Any) -> None: ...
 
@@ -160,3 +162,11 @@ async def test_what_was_sent_before_the_crash_is_not_sent_again(tmp_path: Path) 
 def test_damaged_file_is_told_and_not_used(tmp_path: Path) -> None:
     (tmp_path / "lease.safetensors").write_bytes(b"what is this")
     assert SavedLease(tmp_path).load() is None
+
+
+async def test_number_of_threads_follows_the_settings_from_lease_to_lease(tmp_path: Path) -> None:
+    process, seen = Process(tmp_path), []
+    for wanted in (2, 1):
+        process.threads = wanted
+        await process.train(note=lambda: seen.append(torch.get_num_threads()))
+    assert seen == [2] * 8 + [1] * 8
