@@ -259,7 +259,8 @@ class Contributor:
         result = self._run(lease.shards, lease.tokens_before, lease.round_tokens, should_stop, note_step, steps_done)
         weights = parameters.flatten(self._trainer.model, into=self._weights)
         self.steps_per_s = result.steps_per_s
-        shards = (*lease.shards[: result.shards_done], *lead_shards, *self.carried)
+        # each once: what was refused went back to the pool, and may have been leased to this worker again
+        shards = tuple(dict.fromkeys((*lease.shards[: result.shards_done], *lead_shards, *self.carried)))
         if not lease.contribute or result.shards_done == 0:
             self.carried, shards = shards[:MAX_CARRIED], ()
         return Trained(

@@ -69,6 +69,7 @@ class LossChart:
 
     def __init__(self, *, can_be_saved: bool = True) -> None:
         self.by_time = False
+        self._shown: Any = None
         earlier = {"lineStyle": {"type": "dashed", "width": 1.5}}
         series = [
             line("train", BLUE),
@@ -87,6 +88,11 @@ class LossChart:
         self, train: Points, held_out: Points, marks: Sequence[tuple[float, str]] = (), earlier: Sequence[Points] = ()
     ) -> None:
         """`marks`: where on the axis, and the words of the tooltip."""
+        ends = [(len(points), points[-1]) for points in (train, held_out, *earlier) if points]
+        news = (self.by_time, ends, list(marks))  # curves grow at their end, also where they are thinned out
+        if news == self._shown:
+            return
+        self._shown = news
         self._empty.set_visibility(not train)
         self._place.set_visibility(bool(train))
         self._chart.options["series"][0]["showSymbol"] = len(train) == 1
@@ -95,7 +101,7 @@ class LossChart:
         self._chart.options["series"][0]["markLine"] = _mark(marks)
         while len(rounded) < 4:
             rounded.append([])
-        self._chart.show(*rounded, news=(self.by_time, rounded, list(marks)))
+        self._chart.show(*rounded, news=news)
 
 
 def _mark(marks: Sequence[tuple[float, str]]) -> dict[str, Any]:

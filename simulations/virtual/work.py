@@ -93,7 +93,7 @@ class Work:
             return Task(grant=grant, num_units=0)
         gap_s = max(0.0, world.clock.now_s - peer.idle_since_s) if peer.idle_since_s else 0.0
         ahead = min(len(grant.ahead), int(gap_s / each_s))  # as long as the last exchange and merge took
-        units = (*grant.units[:num], *peer.lead, *peer.carried)
+        units = tuple(dict.fromkeys((*grant.units[:num], *peer.lead, *peer.carried)))  # as worker.contributor
         peer.lease, peer.header, peer.num_done = grant, None, num
         peer.lead = grant.ahead[:ahead]
         peer.idle_since_s = end_s

@@ -170,3 +170,12 @@ async def test_number_of_threads_follows_the_settings_from_lease_to_lease(tmp_pa
         process.threads = wanted
         await process.train(note=lambda: seen.append(torch.get_num_threads()))
     assert seen == [2] * 8 + [1] * 8
+
+
+async def test_shard_that_was_refused_and_is_leased_again_is_named_once(tmp_path: Path) -> None:
+    # It is carried here and in the lease: the coordinator would refuse a header that names it twice, for ever.
+    process = Process(tmp_path)
+    again, other = process.lease.shards[2], ShardRef(pass_index=1, index=0)
+    process.contributor.carried = (again, other)
+    trained = await process.train()
+    assert trained.shards == (*process.lease.shards, other)
