@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.processes import RunningCoordinator, RunningWorker, start_coordinator, start_worker, wait_until
 
@@ -91,3 +92,71 @@ def test_verdict_names_validator_and_restart_when_they_are_killed(tmp_path: Path
         with start_coordinator(tmp_path / "run", options=["--no-validator"]) as again:
             expect(again, r"the coordinator was restarted; \d of 1 workers are back")
             expect(again, "1 of 1 workers are back")
+
+
+HOSTILE = """
+import sys
+import worker.contributor
+from manyhands import main
+
+class Rubbish:
+    name = "sparse"
+
+    def encode(self, vector):
+        return b"no payload of any codec" * 8
+
+worker.contributor.get_codec = lambda name, options: Rubbish()
+sys.argv = ["manyhands", *sys.argv[1:]]
+main()
+"""
+
+
+def test_verdict_names_the_worker_whose_payload_is_refused(tmp_path: Path) -> None:
+    run: dict[str, Any] = {**LONG, "exchange": {"codec": "sparse"}}
+    with (
+        start_coordinator(tmp_path / "run", options=["--no-validator"], **run) as coordinator,
+        start_worker(coordinator.invite, tmp_path / "ada"),
+    ):
+        wait_for_workers(coordinator, 1)
+        options = [
+            "--home",
+            str(tmp_path / "mal"),
+            "--name",
+            "mal",
+            "--threads",
+            "1",
+            "--loopback",
+            "--json",
+            "--always",
+        ]
+        command = [sys.executable, "-c", HOSTILE, "worker", "start", coordinator.invite, *options]
+        with (tmp_path / "mal.err").open("wb") as errors:
+            mal = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+        try:
+            refused = wait_until(lambda: sum(peer["refused"] for peer in ask(coordinator)["peers"]), 60, every_s=0.2)
+            assert refused > 0
+            verdict = expect(coordinator, "a contribution was refused: .*mal|mal.*a contribution was refused")
+            assert verdict["level"] == "degraded"
+        finally:
+            os.killpg(mal.pid, signal.SIGKILL)
+            mal.wait()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a file system: root on Linux")
+def test_verdict_says_that_the_disk_runs_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", str(disk)], check=True)
+    try:
+        with (
+            start_coordinator(disk / "run", options=["--no-validator"], **LONG) as coordinator,
+            start_worker(coordinator.invite, tmp_path / "ada"),
+        ):
+            wait_for_workers(coordinator, 1)
+            assert expect(coordinator, "little room is left on the disk of the run folder")["level"] == "degraded"
+            filler = (disk / "filler").write_bytes
+            verdict = expect(coordinator, "the disk of the run folder is full", lambda: filler(bytes(110 << 20)))
+            assert verdict["level"] == "stalled"
+            assert coordinator.stop() == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
