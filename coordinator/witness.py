@@ -103,6 +103,7 @@ class Witness:
             "activity": session.heartbeat.activity if session else "",
             "bytes_sent": session.heartbeat.bytes_sent if session else 0,
             "inner_step": session.heartbeat.inner_step if session else 0,
+            "compression_error": _checked_error(session.heartbeat.compression_error) if session else None,
             "heartbeat_age_s": round(now - pulse.heard_s, 1) if pulse else None,
             "unmoved_s": round(now - pulse.moved_s, 1) if pulse else None,
             "lost": asdict(loss) if loss else None,
@@ -163,10 +164,16 @@ _ABSENT: dict[str, object] = {
     "activity": "",
     "bytes_sent": 0,
     "inner_step": 0,
+    "compression_error": None,
     "heartbeat_age_s": None,
     "unmoved_s": None,
     "lost": None,
 }
+
+
+def _checked_error(said: float) -> float | None:
+    """What a peer says of its last payload; None before there is one, and for what no codec of ours comes to."""
+    return round(said, 4) if 0.0 < said < 100.0 else None
 
 
 def _progress(heartbeat: pb.Heartbeat) -> tuple[object, ...]:

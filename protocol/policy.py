@@ -7,8 +7,11 @@ smallest sum of the two among those whose exchange takes at most the wanted shar
 It does not look at anything but its arguments, and the same arguments give the same choice.
 """
 
+import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import median
 
 from protocol.errors import ConfigError
@@ -38,22 +41,10 @@ CHOICES = (
     Choice(codec="sparse", options=(("k", 128),), bytes_per_parameter=0.0330, penalty=0.15),
     Choice(codec="sparse", options=(("k", 64),), bytes_per_parameter=0.0190, penalty=0.265),
 )
-# Inner steps a round -> loss over rounds of 10; 7, 14, 40 and 70 lie between what was measured. Below 5 the loss still
-# falls, but rounds that short are mostly round trips, which no measured bandwidth tells of.
-STEPS_PENALTY = (
-    (5, -0.03),
-    (7, -0.015),
-    (10, 0.0),
-    (14, 0.015),
-    (20, 0.03),
-    (30, 0.055),
-    (40, 0.08),
-    (50, 0.1),
-    (70, 0.135),
-    (100, 0.18),
-    (200, 0.25),
-    (500, 0.35),
-)
+# Inner steps a round -> loss over rounds of 10; between them it is taken to be linear in the logarithm. Below 5 the
+# loss still falls, but rounds that short are mostly round trips, which no measured bandwidth tells of.
+STEPS_PENALTY = ((5, -0.03), (10, 0.0), (20, 0.03), (30, 0.055), (50, 0.1), (100, 0.18), (200, 0.25), (500, 0.35))
+STEPS_RATIO = 1.1  # of one H that is tried to the last, or the next whole number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +98,7 @@ def plan_exchange(
     if round_s is not None:
         plan = _plan_for_time(choices, num_parameters, contributors, links, share, round_s, held_steps)
         return replace(plan, round_s=round_s, reason=f"rounds of {round_s:g} s, as the operator wants: {plan.reason}")
-    steps = STEPS_PENALTY if inner_steps is None else ((inner_steps, 0.0),)
+    steps = _list_steps() if inner_steps is None else ((inner_steps, 0.0),)
     if codec != AUTO and inner_steps is not None:
         return ExchangePlan(codec=codec, options=choices[0].options, inner_steps=inner_steps, reason="as run.toml says")
     if links.upload_bps is None:
@@ -127,6 +118,22 @@ def plan_exchange(
         ),
     )
     return _explain(best[0], best[1], num_parameters, contributors, links, share)
+
+
+@cache
+def _list_steps() -> tuple[tuple[int, float], ...]:
+    """The H that are tried, with their penalties."""
+    known, penalties = zip(*STEPS_PENALTY, strict=True)
+    tried = [known[0]]
+    while tried[-1] < known[-1]:
+        tried.append(min(max(tried[-1] + 1, round(STEPS_RATIO * tried[-1])), known[-1]))
+    return tuple((h, _interpolate(math.log(h), [math.log(each) for each in known], penalties)) for h in tried)
+
+
+def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    place = min(max(bisect_left(xs, x), 1), len(xs) - 1)
+    share = (x - xs[place - 1]) / (xs[place] - xs[place - 1])
+    return ys[place - 1] + share * (ys[place] - ys[place - 1])
 
 
 def _plan_for_time(

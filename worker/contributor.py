@@ -1,12 +1,12 @@
 """From a lease to a contribution: fetch its shards, run its inner steps, encode what came of it, sign a header.
 
-Error feedback lives here: a lease begins at θ - e/2 (protocol.error_feedback), e takes in every pseudo-gradient, and
-gives up what was sent only when a manifest lists it (`settle`). Work that came too late, was refused, or was not this peer's turn is therefore in the next contribution,
-whose header names its shards again.
+Error feedback lives here: a lease begins at θ - e/4 (protocol.error_feedback), e takes in every pseudo-gradient, and
+gives up what was sent only when a manifest lists it (`settle`). Work that came too late, was refused, or was not this
+peer's turn is therefore in the next contribution, whose header names its shards again.
 
 With overlap the worker goes on while its contribution is exchanged and merged (`go_on`). From θ it has come to θ - Δ;
 it goes on from s = θ - OWN_SHARE Δ, since the others' average is not there yet. When the merge has given θ', the next
-lease starts from where the worker stands, moved by θ' - e/2 - s, and its pseudo-gradient counts from θ' - e/2: no step
+lease starts from where the worker stands, moved by θ' - e/4 - s, and its pseudo-gradient counts from θ' - e/4: no step
 is lost, and what is agreed on, θ', is the same for all. Between the last step of a lease and the next step there is
 little but one copy of the weights; all other passes over vectors are made beside the training (`keep`, `encode`).
 """
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from protocol import parameters
 from protocol.codecs import codec_of, get_codec
-from protocol.codecs.payload import Vector
+from protocol.codecs.payload import Vector, measure_error
 from protocol.documents import Contribution, Genesis, Lease, Manifest, ShardRef, sign
 from protocol.error_feedback import KEPT_SHARE, ErrorFeedback
 from protocol.errors import DiskFullError, DivergedError, PayloadError, VerificationError
@@ -75,6 +75,7 @@ class Contributor:
         self.held: HeldLease | None = None  # a lease that a process before this one left in the middle
         self.pending: Pending | None = None
         self.carried: tuple[ShardRef, ...] = ()
+        self.compression_error = 0.0  # of the last payload
         self.steps_trained = 0
         self.steps_per_s = 0.0  # of the last lease, by the wall clock
         self.step_tokens = genesis.spec.step_tokens
@@ -327,6 +328,7 @@ class Contributor:
     def _encode(self, lease: Lease, trained: Trained, residual: Vector) -> tuple[Contribution, Signed]:
         codec = get_codec(lease.codec, lease.codec_options)
         payload = codec.encode(residual)
+        self.compression_error = measure_error(codec, payload, residual)
         header = Contribution(
             run_id=self._genesis.run_id,
             peer=self._identity.peer_id,

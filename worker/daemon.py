@@ -454,6 +454,7 @@ class Worker:
             status.steps_per_s = contributor.steps_per_s
             status.tokens_per_s = contributor.steps_per_s * contributor.step_tokens
             status.steps_trained = contributor.steps_trained
+        error = self._work.contributor.compression_error if self._work is not None else 0.0
         status.bytes_sent = (self._work.bytes_pushed if self._work else 0) + self._node.bytes_sent
         status.bytes_received = self._node.bytes_received
         self._count_traffic()
@@ -468,6 +469,7 @@ class Worker:
                 loss=status.loss,
                 bytes_sent=status.bytes_sent,
                 bytes_received=status.bytes_received,
+                compression_error=error,
             )
         )
 

@@ -213,6 +213,17 @@ def _options_of(codec: PiecewiseCodec) -> Options:
     return values[0], values[1], values[2]
 
 
+def measure_error(codec: Codec, payload: bytes, vector: Vector) -> float:
+    """The norm of what the payload leaves out over the norm of the vector, in its first segment; 0 for zeros."""
+    rest = vector[:SEGMENT_VALUES].copy()
+    whole = float(np.linalg.norm(rest))
+    for piece in codec.pieces(payload, vector.size):
+        if piece.span.start >= SEGMENT_VALUES:
+            break
+        piece.add_to(rest[piece.span], np.float32(-1.0))
+    return float(np.linalg.norm(rest)) / whole if whole > 0.0 else 0.0
+
+
 def check_vector(vector: Vector) -> None:
     """Raise PayloadError unless `vector` is float32 (D,) with D >= 1, finite and within ENCODED_MAX."""
     check_shape(vector)

@@ -112,6 +112,7 @@ class Heartbeat(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     BYTES_SENT_FIELD_NUMBER: _builtins.int
     BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
+    COMPRESSION_ERROR_FIELD_NUMBER: _builtins.int
     activity: _builtins.str
     """what the peer is doing, in a word: training, merging, paused …"""
     steps_per_s: _builtins.float
@@ -123,6 +124,8 @@ class Heartbeat(_message.Message):
     bytes_sent: _builtins.int
     """payload bytes since start"""
     bytes_received: _builtins.int
+    compression_error: _builtins.float
+    """of the last payload: norm of what it leaves out over that of the whole; 0: none yet"""
     def __init__(
         self,
         *,
@@ -133,10 +136,11 @@ class Heartbeat(_message.Message):
         loss: _builtins.float = ...,
         bytes_sent: _builtins.int = ...,
         bytes_received: _builtins.int = ...,
+        compression_error: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "inner_step", b"inner_step", "loss", b"loss", "steps_per_s", b"steps_per_s", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "compression_error", b"compression_error", "inner_step", b"inner_step", "loss", b"loss", "steps_per_s", b"steps_per_s", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

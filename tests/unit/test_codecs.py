@@ -10,7 +10,7 @@ import pytest
 from protocol.codecs import CODECS, codec_of, get_codec
 from protocol.codecs.bits import Reader, pack_fields
 from protocol.codecs.indices import pack_rice, read_plain, read_rice
-from protocol.codecs.payload import HEADER_BYTES, PayloadHeader, Vector
+from protocol.codecs.payload import HEADER_BYTES, PayloadHeader, Vector, measure_error
 from protocol.codecs.selection import select_largest
 from protocol.error_feedback import ErrorFeedback
 from protocol.errors import ConfigError, PayloadError
@@ -358,3 +358,15 @@ def test_residual_goes_on_where_it_was_when_restored() -> None:
     np.testing.assert_array_equal(first.compensate(normal(), 0.9), second.compensate(normal(), 0.9))
     with pytest.raises(ValueError, match="shape"):
         second.restore(normal(D + 1))
+
+
+@pytest.mark.parametrize("size", [1000, (1 << 20) + 5000])
+@pytest.mark.parametrize("name", ["int4", "sparse"])
+def test_compression_error_is_what_the_payload_leaves_out(name: str, size: int) -> None:
+    vector = np.random.default_rng(3).standard_normal(size).astype(np.float32)
+    codec = get_codec(name)
+    payload = codec.encode(vector)
+    part, decoded = vector[: 1 << 20], codec.decode(payload, size)[: 1 << 20]
+    expected = np.linalg.norm(part - decoded) / np.linalg.norm(part)
+    assert measure_error(codec, payload, vector) == pytest.approx(expected, rel=1e-4)
+    assert measure_error(codec, codec.encode(np.zeros_like(vector)), np.zeros_like(vector)) == 0.0

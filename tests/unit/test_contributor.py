@@ -145,6 +145,18 @@ async def test_work_of_a_round_that_is_over_goes_into_the_error_feedback(tmp_pat
     np.testing.assert_array_equal(later.contributor._feedback.state(), displacement)
 
 
+async def test_lease_begins_where_a_quarter_of_what_was_not_sent_is_kept(tmp_path: Path) -> None:
+    process = Process(tmp_path)
+    contributor, lease, state = process.contributor, process.lease, process.state
+    unsent = np.random.default_rng(1).standard_normal(state.theta.size).astype(np.float32)
+    contributor._feedback.restore(unsent)
+    await contributor.fetch(lease, cast(Any, SimpleNamespace(fetch_small_blobs=process._has_them)))
+    trained = await contributor.train(lease, state, should_stop=lambda: True, on_step=lambda _: None)
+    np.testing.assert_allclose(trained.weights, state.theta - 0.25 * unsent, atol=1e-6)
+    residual = await contributor.keep(lease, state, trained)
+    np.testing.assert_allclose(residual, unsent, atol=1e-6)  # no step was made: nothing is lost or counted twice
+
+
 async def test_what_was_sent_before_the_crash_is_not_sent_again(tmp_path: Path) -> None:
     first = Process(tmp_path)
     trained = await first.train()

@@ -1,5 +1,6 @@
 """The choice of codec and inner steps: fits the link, prefers what learns, and says why."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -62,7 +63,15 @@ def test_rounds_are_short_and_dense_when_the_link_is_no_limit() -> None:
 def test_rounds_are_as_short_as_the_link_bears_when_it_is_of_middling_speed() -> None:
     chosen = {mbps: plan(num_parameters=127_424, contributors=4, up_mbps=mbps, step_s=0.02) for mbps in (5.0, 20.0)}
     assert (chosen[20.0].codec, chosen[20.0].inner_steps) == ("sign", 7)
-    assert (chosen[5.0].codec, chosen[5.0].inner_steps) == ("sign", 30)
+    assert (chosen[5.0].codec, chosen[5.0].inner_steps) == ("sign", 26)
+
+
+def test_steps_are_no_coarser_than_the_link_asks_for() -> None:
+    links = [plan(num_parameters=127_424, contributors=4, up_mbps=mbps, step_s=0.01) for mbps in range(2, 21)]
+    steps = [each.inner_steps for each in links if each.codec == "sign"]
+    assert steps == sorted(steps, reverse=True)
+    assert len(set(steps)) > 10
+    assert all(before <= 1.6 * after for before, after in pairwise(steps))
 
 
 def test_given_codec_is_kept_when_only_the_steps_are_auto() -> None:

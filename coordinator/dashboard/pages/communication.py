@@ -1,6 +1,8 @@
 """`/communication`: bytes for what was learnt, how the workers' time was spent, and which codec was chosen, and why."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
 
 from coordinator.dashboard.charts import BLUE, GREEN, GREY, ORANGE, Chart, axis, line, options
 from coordinator.dashboard.data_table import Column, DataTable, row
@@ -19,6 +21,7 @@ FACTS = {
     "compute": "Computing",
     "exchange": "Exchanging",
     "idle": "Idle",
+    "error": "Compression error",
 }
 
 
@@ -58,6 +61,7 @@ class CommunicationPage:
             compute=share(communication.compute_s, spent),
             exchange=share(communication.exchange_s, spent),
             idle=share(communication.idle_s, spent),
+            error=describe_error(snapshot.status["peers"]),
         )
         self._plan.text = f"Now: {snapshot.status['plan']}" if snapshot.status["plan"] else ""
         for empty, full in ((self._no_bytes, self._bytes_box), (self._no_split, self._split_box)):
@@ -72,6 +76,12 @@ class CommunicationPage:
                 for plan in communication.plans[: -MAX_PLANS - 1 : -1]
             ]
         )
+
+
+def describe_error(peers: Sequence[Mapping[str, Any]]) -> str:
+    """The median of the workers' last payloads: the share of an update's norm that waits for a later one."""
+    errors = [peer["compression_error"] for peer in peers if peer["compression_error"] is not None]
+    return number(100 * median(errors) if errors else None, ".0f", " %")
 
 
 def share(seconds: float, of_s: float) -> str:
