@@ -1,4 +1,4 @@
-"""One real run for all browser tests that only look: a coordinator, its validator and two workers."""
+"""One real run for the browser tests of a file that only look: a coordinator, its validator and two workers."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def copy_run(folder: Path, to: Path) -> None:
         source.backup(target)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCoordinator]:
     """A run in which two workers train."""
     place = tmp_path_factory.mktemp("page")
