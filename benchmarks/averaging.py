@@ -16,7 +16,7 @@ counts from the moment when the first peer has a group; matchmaking comes on top
 
 hivemind and the butterfly average all values, at their codec's precision; the sparse codec sends 1 of 64, the rest
 later by error feedback. That is the point of it, and what it costs in learning is measured elsewhere
-(benchmarks.training). The figures without a size are those of 4 peers at the largest size, on loopback.
+(benchmarks.learning). The figures without a size are those of 4 peers at the largest size, on loopback.
 """
 
 import asyncio

@@ -271,8 +271,9 @@ class _Run:
         return [(trained_s, committed), (trained_s + upload_s, checked)]
 
     def _train(self, lease: fx.GrantLease, worker: VirtualWorker) -> LeaseResult:
+        theta = self._state.theta
         return worker.trainer.run_lease(
-            self._state.theta,
+            worker.feedback.start(theta, out=np.empty_like(theta)),
             [self._data.shards[index] for _, index in lease.units],
             tokens_before=lease.tokens_before,
             round_tokens=lease.round_tokens,

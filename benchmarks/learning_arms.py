@@ -1,0 +1,177 @@
+"""The arms of benchmarks.learning: what each of them sets, the grid of learning rates, and how all are trained."""
+
+import pydoc_data.topics
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.learning_runs import Fleet, Outcome, change, train_rounds, train_single, with_spec
+from protocol.run_spec import AUTO, RunSpec
+from simulations.learning.problem import Problem
+
+NUM_WORKERS = 4
+STEPS_PER_S = 1.0  # on the virtual clock
+SCALE = 100.0  # times as large is the model that this one stands for: links have that part of their bandwidth
+UPLOADS_MBPS = (5, 20, 100)
+MIDDLE_MBPS = 20
+DOWN_OVER_UP = 5
+UNEVEN = (1.0, 0.6, 0.3, 0.1)  # of the fastest; the median is as fast as in the other arms
+RATES = {"adamw": (3e-3, 6e-3), "muon": (1e-2, 2e-2, 4e-2)}
+ADAMW_WARMUP = 0.3  # of the run: in runs this short AdamW wants it, Muon does not (docs/convergence.md)
+LONG_STEPS = 500  # H of DiLoCo as published, for runs of at least two such rounds
+
+Setting = dict[str, dict[str, Any]]  # sections of run.toml, over the base
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A model, and the inner steps of one worker."""
+
+    hidden: int
+    layers: int
+    steps: int
+    quick_steps: int
+
+
+SIZES = {
+    "0.1M": Size(hidden=64, layers=2, steps=600, quick_steps=300),
+    "0.4M": Size(hidden=96, layers=3, steps=600, quick_steps=240),
+    "3M": Size(hidden=256, layers=4, steps=600, quick_steps=240),
+}
+TEXTS = {"stdlib": "stdlib", "topics": str(pydoc_data.topics.__file__)}  # source code, and English about it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One row: the inner optimizer, and what else is set. num_workers counts where there are no rounds."""
+
+    title: str
+    optimizer: str
+    rounds: Setting | None = None  # None: one optimizer
+    num_workers: int = NUM_WORKERS
+    mbps: int = MIDDLE_MBPS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What an arm came to at its best rate, one outcome a seed."""
+
+    outcomes: tuple[Outcome, ...]
+    rate: float
+
+    @property
+    def losses(self) -> list[float]:
+        return [outcome.loss for outcome in self.outcomes]
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(self.losses)
+
+    @property
+    def sent_bytes(self) -> float:
+        return statistics.fmean(outcome.sent_bytes for outcome in self.outcomes)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.fmean(outcome.seconds for outcome in self.outcomes)
+
+
+def list_arms(num_steps: int) -> dict[str, Arm]:
+    """The arms by the names that their figures have."""
+    arms = {
+        "alone_adamw": Arm(title="alone, AdamW", optimizer="adamw", num_workers=1),
+        "alone_muon": Arm(title="alone, Muon", optimizer="muon", num_workers=1),
+        "sync_adamw": Arm(title="synchronous, AdamW", optimizer="adamw"),
+        "sync_muon": Arm(title="synchronous, Muon", optimizer="muon"),
+        "diloco": Arm(title="DiLoCo, H 30", optimizer="adamw", rounds=_in_rounds("float32", 30, _nesterov(0.9))),
+        "sparseloco": Arm(title="SparseLoCo 1/64, H 30", optimizer="adamw", rounds=_sparseloco()),
+        "muloco": Arm(title="MuLoCo 2 bit, H 30", optimizer="muon", rounds=_in_rounds("int2", 30, _nesterov(0.5))),
+    }
+    if num_steps >= 2 * LONG_STEPS:
+        rounds = _in_rounds("float32", LONG_STEPS, _nesterov(0.9))
+        arms["diloco_500"] = Arm(title="DiLoCo, H 500", optimizer="adamw", rounds=rounds)
+    for mbps in UPLOADS_MBPS:
+        rounds = _in_rounds(AUTO, AUTO, _nesterov(0.5))
+        arms[f"auto_{mbps}"] = Arm(title=f"ours, auto, {mbps} Mbit/s", optimizer="muon", rounds=rounds, mbps=mbps)
+    return arms
+
+
+def _in_rounds(codec: str, inner_steps: int | str, outer: Mapping[str, Any]) -> Setting:
+    return {"exchange": {"codec": codec}, "round": {"inner_steps": inner_steps}, "outer": dict(outer)}
+
+
+def _nesterov(momentum: float) -> dict[str, Any]:
+    return {"optimizer": "nesterov", "learning_rate": 0.7, "momentum": momentum}
+
+
+def _sparseloco() -> Setting:
+    setting = _in_rounds("sparse", 30, {"optimizer": "sgd", "learning_rate": 1.0, "momentum": 0.0})
+    setting["exchange"] |= {"codec_options": {"k": 64}, "error_feedback_decay": 0.95}
+    return setting
+
+
+def train(arm: Arm, problem: Problem, rate: float, num_steps: int, speeds: Sequence[float] | None = None) -> Outcome:
+    """Train an arm at a rate, each worker about num_steps. speeds: shares of STEPS_PER_S; the tokens stay the same."""
+    warmup = {"warmup_fraction": ADAMW_WARMUP} if arm.optimizer == "adamw" else {}
+    tokens = num_steps * arm.num_workers * problem.spec.step_tokens
+    inner = {"optimizer": arm.optimizer, "learning_rate": rate, "tokens": tokens, **warmup}
+    problem = with_spec(problem, change(problem.spec, train=inner, **(arm.rounds or {})))
+    bps = arm.mbps * 1e6 / SCALE
+    if arm.rounds is None:
+        return train_single(problem, arm.num_workers, STEPS_PER_S, bps)
+    shares = speeds or (1.0,) * NUM_WORKERS
+    steps_per_s = tuple(STEPS_PER_S * share / statistics.median(shares) for share in shares)
+    return train_rounds(problem, Fleet(steps_per_s=steps_per_s, upload_bps=bps, download_bps=DOWN_OVER_UP * bps))
+
+
+def train_arm(arm: Arm, problems: Sequence[Problem], num_steps: int) -> Result:
+    """Every rate of the grid for the first problem (seed), the best for the others."""
+    first = {rate: train(arm, problems[0], rate, num_steps) for rate in RATES[arm.optimizer]}
+    rate = min(first, key=lambda rate: first[rate].loss)
+    others = [train(arm, problem, rate, num_steps) for problem in problems[1:]]
+    return Result(outcomes=(first[rate], *others), rate=rate)
+
+
+def train_again(
+    arm: Arm, problems: Sequence[Problem], rate: float, num_steps: int, speeds: Sequence[float] | None = None
+) -> Result:
+    """The arm at a rate that is known."""
+    outcomes = tuple(train(arm, problem, rate, num_steps, speeds) for problem in problems)
+    return Result(outcomes=outcomes, rate=rate)
+
+
+def train_all(problems: Sequence[Problem], num_steps: int, note: Callable[[str, Result], None]) -> dict[str, Result]:
+    """All arms, and what follows from them: uneven workers, overlap, and equal virtual time."""
+    arms, results = list_arms(num_steps), {}
+
+    def keep(name: str, result: Result) -> None:
+        results[name] = result
+        note(name, result)
+
+    for name, arm in arms.items():
+        keep(name, train_arm(arm, problems, num_steps))
+    middle, ours = arms[f"auto_{MIDDLE_MBPS}"], results[f"auto_{MIDDLE_MBPS}"]
+    keep("uneven", train_again(middle, problems, ours.rate, num_steps, UNEVEN))
+    if middle.rounds is not None:
+        overlapping = replace(middle, rounds=middle.rounds | {"exchange": {"codec": AUTO, "overlap": True}})
+        keep("overlap", train_again(overlapping, problems, ours.rate, num_steps))
+    for name in ("alone_muon", "sync_adamw", "sync_muon"):
+        step_s = results[name].seconds / num_steps
+        steps = max(1, round(ours.seconds / step_s))
+        keep(f"{name}_in_time", train_again(arms[name], problems, results[name].rate, steps))
+    return results
+
+
+def make_base(size: Size, text: str, seed: int) -> RunSpec:
+    """The spec that all arms start from."""
+    config = {
+        "hidden_size": size.hidden,
+        "intermediate_size": 5 * size.hidden // 2,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.hidden // 32,
+        "num_key_value_heads": size.hidden // 32,
+        "tie_word_embeddings": False,
+    }
+    data = {"source": text, "max_tokens": 3_000_000, "sequence_length": 64, "held_out_max_tokens": 32_768}
+    return change(RunSpec(), seed=seed, model={"config": config}, data=data, checkpoint={"every_rounds": 4})
