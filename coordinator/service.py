@@ -22,7 +22,7 @@ from coordinator.core import events as ev
 from coordinator.core.effects import HoldPeer, RefusePeer
 from coordinator.engine import Committed, Engine
 from coordinator.payloads import PayloadChecker
-from coordinator.sessions import SESSION_ENDED, PeerSession, Sessions
+from coordinator.sessions import PeerSession, Sessions
 from coordinator.storage.database import Database
 from protocol.codecs import get_codec
 from protocol.documents import (
@@ -128,7 +128,7 @@ class CoordinatorService(CoordinatorServiceServicer):
             reader.cancel()
             session.closed = True
             if self._sessions.remove(session):
-                self._engine.submit(ev.PeerLeft(peer=session.peer, reason=session.goodbye or SESSION_ENDED))
+                self._engine.submit(ev.PeerLeft(peer=session.peer, reason=session.goodbye or ev.SESSION_ENDED))
                 log.info("left", peer=session.peer, name=session.name)
 
     async def _read_join(self, messages: AsyncIterator[pb.PeerMessage], nonce: str) -> tuple[JoinRequest, Invite]:

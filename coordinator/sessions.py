@@ -25,7 +25,6 @@ from protocol.wire import coordinator_pb2 as pb
 
 log = structlog.get_logger()
 OUTBOX_MESSAGES = 1_000
-SESSION_ENDED = "the session ended"  # why a peer left that did not say
 MAX_STATE_SOURCES = 4
 MAX_PAYLOAD_PEERS = 32
 

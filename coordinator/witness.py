@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from coordinator.core import effects as fx
 from coordinator.core import events as ev
 from coordinator.engine import Committed
-from coordinator.sessions import SESSION_ENDED, PeerSession, Sessions
+from coordinator.sessions import PeerSession, Sessions
 from protocol.wire import coordinator_pb2 as pb
 
 LOOK_EVERY_S = 1.0
@@ -119,7 +119,7 @@ class Witness:
                 self._losses.pop(event.peer, None)
                 self._pulses.pop(event.peer, None)
             case ev.PeerLeft():
-                self._note_leave(event.peer, said_goodbye=event.reason != SESSION_ENDED)
+                self._note_leave(event.peer, said_goodbye=event.reason != ev.SESSION_ENDED)
             case ev.LeaseReturned() | ev.ContributionCommitted():
                 self._holding.discard(event.peer)
 

@@ -11,6 +11,8 @@ from pydantic import Field, TypeAdapter
 
 from coordinator.core.state import Unit
 
+SESSION_ENDED = "the session ended"  # why a peer left that did not say
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InviteIssued:

@@ -10,8 +10,6 @@ from coordinator.records.work import ASIDE, LATE, VOID
 if TYPE_CHECKING:
     from coordinator.records.recorder import Noted, Recorder
 
-SESSION_ENDED = "the session ended"  # why a peer left that did not say: sessions.SESSION_ENDED
-
 
 def notice(recorder: "Recorder", state: State, noted: "Noted") -> None:
     """Begin and end incidents, and mark what is to be seen on the curves."""
@@ -51,7 +49,7 @@ def _notice_event(recorder: "Recorder", state: State, noted: "Noted") -> None:
 def _notice_leave(recorder: "Recorder", state: State, event: ev.PeerLeft, unix_s: float) -> None:
     peer = state.peers[event.peer]
     recorder.incidents.end("digest_mismatch", state, unix_s, event.peer, "it left")
-    if event.reason != SESSION_ENDED or peer.banned or peer.waiting_for_approval:
+    if event.reason != ev.SESSION_ENDED or peer.banned or peer.waiting_for_approval:
         recorder.mark("leave", f"{_name(state, event.peer)} left: {event.reason}", event.peer)
         return
     recorder.mark("lost", f"{_name(state, event.peer)} was lost", event.peer)

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.core import events as ev
-from coordinator.records import noticing, reader, runs
+from coordinator.records import reader, runs
 from coordinator.records.views import Bar, Waterfall
-from coordinator.sessions import SESSION_ENDED
 from protocol.documents import Receipt, open_signed
 from protocol.signing import Signed
 from tests.recorded_run import START_UNIX_S, RecordedRun
@@ -136,8 +135,7 @@ def test_lost_worker_is_one_incident_until_it_is_back(run: RecordedRun) -> None:
 def test_lost_worker_is_over_when_its_round_closed_without_it(run: RecordedRun) -> None:
     ann, bob = run.meet("ann", "bob")
     run.start(ann, bob)
-    assert noticing.SESSION_ENDED == SESSION_ENDED
-    run.send(ev.PeerLeft(peer=bob, reason=SESSION_ENDED))
+    run.send(ev.PeerLeft(peer=bob, reason=ev.SESSION_ENDED))
     run.contribute(ann)
     lost = reader.read_incidents(run.database.engine)[0]
     assert (lost.kind, lost.until_unix_s, lost.first_round) == ("lost_peer", run.unix_s, 0)
@@ -147,7 +145,7 @@ def test_lost_worker_is_over_when_its_round_closed_without_it(run: RecordedRun) 
 def test_evidence_is_kept_when_an_incident_ends_after_a_restart(run: RecordedRun) -> None:
     ann, bob = run.meet("ann", "bob")
     run.start(ann, bob)
-    run.send(ev.PeerLeft(peer=bob, reason=SESSION_ENDED))
+    run.send(ev.PeerLeft(peer=bob, reason=ev.SESSION_ENDED))
     before = reader.read_incidents(run.database.engine)[0]
     run.restart()
     run.join(bob)
