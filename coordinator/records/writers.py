@@ -52,22 +52,23 @@ def add_writers(
 async def _keep_writing(engine: Engine, writers: Sequence[Writer]) -> None:
     one_at_a_time = Lock()  # a thread that was writing when it was cancelled goes on to its end
 
-    def write(writer: Writer) -> None:
-        with one_at_a_time:
-            write_news(engine, writer)
+    def write(writer: Writer, *, at_end: bool = False) -> None:
+        try:
+            with one_at_a_time:
+                write_news(engine, writer)
+        except Exception:
+            log.exception("rounds could not be written", writer=type(writer).__name__)
+        if at_end:
+            writer.close()
 
     try:
         while True:
             for writer in writers:
-                try:
-                    await asyncio.to_thread(write, writer)
-                except Exception:
-                    log.exception("rounds could not be written", writer=type(writer).__name__)
+                await asyncio.to_thread(write, writer)
             await asyncio.sleep(WRITE_EVERY_S)
     finally:
         for writer in writers:
-            write(writer)
-            writer.close()
+            write(writer, at_end=True)
 
 
 def write_news(engine: Engine, writer: Writer) -> None:
