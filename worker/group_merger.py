@@ -92,7 +92,7 @@ class GroupMerger:
         self, order: MergeOrder, notice: pb.MergeOrderNotice, contributor: Contributor, link: CoordinatorLink
     ) -> bytes:
         """Butterfly: the group's mean, by all-reduce with its peers."""
-        # here, since it brings 45 MB of hivemind, which other runs do without
+        # here, since it imports all of hivemind, which other runs do without
         from protocol.exchange.butterfly import ButterflyGroup, ButterflyTimeouts, average_butterfly
 
         vector = await asyncio.to_thread(contributor.contributed, order.round)

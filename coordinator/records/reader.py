@@ -197,7 +197,7 @@ def read_communication(engine: Engine) -> Communication:
         )
     ]
     with engine.connect() as connection:
-        stride = _stride(connection.execute(select(func.max(SplitRow.round))).scalar())
+        stride = stride_of(connection.execute(select(func.max(SplitRow.round))).scalar())
         bucket = SplitRow.round.op("/")(literal_column(str(stride)))
         query = select(func.max(SplitRow.round), func.max(SplitRow.opened_unix_s), *sums).group_by(bucket)
         splits = tuple(_split(*tuple(row)) for row in connection.execute(query.order_by(bucket)))
@@ -237,7 +237,7 @@ def _split(
     )
 
 
-def _stride(last_round: int | None) -> int:
+def stride_of(last_round: int | None) -> int:
     """How many neighbouring rounds make one point, so that there are at most MAX_POINTS."""
     return 1 if last_round is None else max(1, -(-(last_round + 1) // MAX_POINTS))
 

@@ -13,12 +13,12 @@ from sqlalchemy import Connection, Engine, create_engine, func, inspect, literal
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from coordinator.records.reader import stride_of
 from coordinator.records.views import Cost, Curves, DeviceCost, EarlierRun, Loss, RunCost
 from coordinator.storage.database import LedgerRow, RoundRow
 from coordinator.storage.records import ContributorRow
 from protocol.documents import Contribution, Receipt
 
-MAX_POINTS = 500
 MAX_RUNS = 200
 MAX_RECEIPTS = 100_000
 # Watts while it computes: stated figures for a class, not measured on anybody's machine. First pattern that fits.
@@ -98,7 +98,7 @@ def _open_for_reading(folder: Path) -> Iterator[Connection]:
 
 def _read_curves(connection: Connection) -> Curves:
     first, last = connection.execute(select(func.min(RoundRow.unix_s), func.max(RoundRow.round))).one()
-    stride = 1 if last is None else max(1, -(-(last + 1) // MAX_POINTS))
+    stride = stride_of(last)
     return Curves(
         train=_read_curve(connection, RoundRow.mean_loss, first, stride),
         held_out=_read_curve(connection, RoundRow.held_out_loss, first, stride),
