@@ -19,6 +19,7 @@ from protocol.codecs.payload import SEGMENT_VALUES, Piece, Vector
 from protocol.errors import VerificationError
 
 _VALUE_BYTES = 4
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _PART_VALUES = 1 << 18  # handed out at a time: 1 MiB, so that what is done with a part finds it in a core's own cache
 
 
@@ -92,6 +93,6 @@ def _segment_of(piece: Piece) -> int:
 
 def _coefficient(weight: float, clip: float, divisor: float) -> float:
     coefficient = weight * clip / divisor if divisor > 0.0 else math.nan
-    if not 0.0 <= coefficient <= float(np.finfo(np.float32).max):
+    if not 0.0 <= coefficient <= _FLOAT32_MAX:
         raise VerificationError(f"weight {weight}, clip {clip} and divisor {divisor} make no usable coefficient")
     return coefficient

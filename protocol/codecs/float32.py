@@ -28,7 +28,7 @@ class Float32Codec(PiecewiseCodec):
 
     def encode(self, vector: Vector) -> bytes:
         check_vector(vector)
-        return self._header(vector.size) + vector.astype("<f4", copy=False).tobytes()
+        return b"".join((self._header(vector.size), np.ascontiguousarray(vector, "<f4").data))
 
     def payload_bytes_max(self, num_parameters: int) -> int:
         return HEADER_BYTES + 4 * num_parameters

@@ -202,9 +202,14 @@ class PiecewiseCodec(ABC):
         return self._decode(memoryview(payload)[HEADER_BYTES:], header)
 
     def _header(self, num_parameters: int, exponent: int = 0) -> bytes:
-        return PayloadHeader(
-            codec_id=self.codec_id, exponent=exponent, num_parameters=num_parameters, options=self.options
-        ).to_bytes()
+        return _header_bytes(self.codec_id, exponent, num_parameters, self.options)
+
+
+@lru_cache(maxsize=64)
+def _header_bytes(codec_id: int, exponent: int, num_parameters: int, options: Options) -> bytes:
+    return PayloadHeader(
+        codec_id=codec_id, exponent=exponent, num_parameters=num_parameters, options=options
+    ).to_bytes()
 
 
 @lru_cache(maxsize=64)

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.func import functional_call, grad_and_value, vmap
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from protocol.errors import DivergedError
 from protocol.parameters import count_parameters, parameter_layout
@@ -69,6 +70,7 @@ class BatchedBackend:
         self._can_record = True
         self._gradients = torch.empty(0)
         self._num_parameters = count_parameters(model)
+        self._clip = problem.spec.train.gradient_clip
         self._optimizer = StackedOptimizer(problem.optimizer, model, problem.spec.train)
         self._states = PeerVectors(self._optimizer.state_size)
         self.chunk = chunk or self._fit_chunk(model, memory_bytes)
@@ -110,10 +112,10 @@ class BatchedBackend:
         bad = np.zeros(num_peers, np.int64)
         for step in range(num_steps):
             active = int((counts > step).sum())
-            gradients, loss = self._compute(parameters, rows[:, step], active)
-            is_good = self._update(parameters[:active], gradients, loss, state[:active], rates[step, :active])
-            losses[step, :active] = np.where(is_good, loss.cpu().numpy(), np.nan)
-            bad[:active] = np.where(is_good, 0, bad[:active] + 1)
+            gradients, loss = self._compute(parameters, rows(step), active)
+            good = self._update(parameters[:active], gradients, loss, state[:active], rates[step, :active])
+            losses[step, :active] = good
+            bad[:active] = np.where(np.isnan(good), bad[:active] + 1, 0)
             if bad.max() == MAX_BAD_STEPS:
                 raise DivergedError(f"{peers[int(bad.argmax())]} came to no finite loss; lower train.learning_rate")
         if self._optimizer.state_size:
@@ -122,26 +124,26 @@ class BatchedBackend:
 
     def _update(
         self, parameters: Tensor, gradients: Tensor, losses: Tensor, state: Tensor, rates: Tensor
-    ) -> NDArray[np.bool_]:
-        """Clip and step, in place, where loss and gradient are finite; returns where they are, (P,)."""
+    ) -> NDArray[np.float32]:
+        """Clip and step, in place, where loss and gradient are finite; returns the losses, (P,), NaN elsewhere."""
         norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-        scales = (self._problem.spec.train.gradient_clip / (norms + _CLIP_EPSILON)).clamp_(max=1.0)
-        is_good = torch.isfinite(losses) & torch.isfinite(norms[:, 0])
-        if bool((scales < 1.0).any()):
-            gradients.mul_(scales)
-        if bool(is_good.all()):
+        losses_p, norms_p = torch.stack((losses, norms[:, 0])).cpu().numpy()  # waits for a GPU once
+        is_good: NDArray[np.bool_] = np.isfinite(losses_p) & np.isfinite(norms_p)
+        if (norms_p > self._clip - _CLIP_EPSILON).any():
+            gradients.mul_((self._clip / (norms + _CLIP_EPSILON)).clamp_(max=1.0))
+        if is_good.all():
             self._optimizer.step(parameters, gradients, state, rates)
         else:
-            where = is_good.nonzero()[:, 0]
+            where = torch.from_numpy(is_good.nonzero()[0]).to(self._device)
             some, some_state = parameters[where], state[where]
             self._optimizer.step(some, gradients[where], some_state, rates[where])
             parameters[where], state[where] = some, some_state
-        return is_good.cpu().numpy()
+        return np.where(is_good, losses_p, np.nan)
 
     def _compute(self, parameters: Tensor, rows: Tensor, active: int) -> tuple[Tensor, Tensor]:
         """The gradients (P, D) and losses (P,) of the first `active` peers' rows, (*, B, C)."""
         size = _padded(active) if self._can_record else active
-        parameters, rows = parameters[:size], rows[:size].to(self._device, torch.int64)
+        parameters, rows = parameters[:size], rows[:size]
         if self._can_record and size not in self._recorded:
             self._record(size, parameters, rows)
         gradients, losses = self._recorded.get(size, self._vmapped)(parameters, rows)
@@ -158,7 +160,8 @@ class BatchedBackend:
         level = logger.level
         logger.setLevel(logging.CRITICAL)  # what cannot be recorded is no error here
         try:
-            record = make_fx(self._vmapped)(parameters, rows)
+            with seeded(self._device, 0):  # recording draws random numbers, which are not the step's
+                record = make_fx(self._vmapped)(parameters, rows)
         except Exception:  # torch raises whatever the model's operations do
             self._can_record = False
             return
@@ -167,30 +170,37 @@ class BatchedBackend:
         _simplify(record)
         self._recorded[size] = record.forward  # without the checks of a module
 
-    def _gather_rows(self, jobs: Sequence[Job]) -> Tensor:
-        """int32 (P, S, B, C), some of them never used: where a peer has no step to make, and what `_pad` adds."""
-        shards = self._problem.data.shards
+    def _gather_rows(self, jobs: Sequence[Job]) -> Callable[[int], Tensor]:
+        """A step's rows, int64 (P, B, C); some are never used: where a peer makes no step, and what `_pad` adds."""
+        spec, shards = self._problem.spec, self._problem.data.shards
+        by_step = shards.reshape(len(shards), spec.data.shard_steps, spec.train.batch_sequences, -1)
         places = np.zeros((_padded(len(jobs)), len(jobs[0].shards)), np.int64)
         for place, job in enumerate(jobs):
             places[place, : len(job.shards)] = job.shards
-        batch = self._problem.spec.train.batch_sequences
-        return torch.from_numpy(shards[places].reshape(len(places), -1, batch, shards.shape[2]))
+
+        def gather(step: int) -> Tensor:
+            shard, part = divmod(step, spec.data.shard_steps)
+            return torch.from_numpy(by_step[places[:, shard], part]).to(self._device, torch.int64)
+
+        return gather
 
     def _pad(self, parameters: Tensor) -> Tensor:
         """A copy with rows more, so that a recorded step of any number of peers finds as many rows as it takes."""
-        padded = parameters.new_zeros(_padded(len(parameters)), self._num_parameters)
+        padded = parameters.new_empty(_padded(len(parameters)), self._num_parameters)
         padded[: len(parameters)] = parameters
+        padded[len(parameters) :] = 0.0
         return padded
 
     def _gather_rates(self, jobs: Sequence[Job], num_steps: int) -> Vector:
         """float32 (S, P, 1). Most peers of a round share their rates, which are computed once."""
-        known: dict[tuple[int, ...], tuple[float, ...]] = {}
-        rates = np.zeros((num_steps, len(jobs), 1), np.float32)
+        alike: dict[tuple[int, ...], list[int]] = {}
         for place, job in enumerate(jobs):
             key = (len(job.shards), job.tokens_before, job.round_tokens, job.lease_tokens)
-            if key not in known:
-                known[key] = learning_rates(job, self._problem.spec)
-            rates[: len(known[key]), place, 0] = known[key]
+            alike.setdefault(key, []).append(place)
+        rates = np.zeros((num_steps, len(jobs), 1), np.float32)
+        for places in alike.values():
+            known = learning_rates(jobs[places[0]], self._problem.spec)
+            rates[: len(known), places, 0] = np.array(known, np.float32)[:, None]
         return rates
 
     def _fit_chunk(self, model: nn.Module, memory_bytes: int) -> int:
@@ -251,19 +261,39 @@ def _batch_step(problem: Problem, model: nn.Module) -> Step:
 
 
 def _simplify(record: GraphModule) -> None:
-    """Take out the operations that give what they are given; vmap leaves many. Leave the gradients in their parts."""
-    for node in record.graph.nodes:
-        if node.target not in _RESHAPING:
-            continue
-        given = node.args[0].meta.get("tensor_meta")
-        if given is not None and given.shape == node.meta["tensor_meta"].shape:
-            node.replace_all_uses_with(node.args[0])
+    """Take out the operations that give what is there already; vmap leaves many. Leave the gradients in their parts."""
+    operations = [node for node in record.graph.nodes if isinstance(node.target, OpOverload)]
+    known: dict[tuple[object, str], Node] = {}
+    for node in operations if not any(node.target._schema.is_mutable for node in operations) else ():
+        same = _known_already(node)
+        if same is None and torch.Tag.nondeterministic_seeded not in node.target.tags:
+            same = known.setdefault((node.target, f"{node.args} {node.kwargs}"), node)
+        if same not in (None, node):
+            node.replace_all_uses_with(same)
     output = next(node for node in record.graph.nodes if node.op == "output")
     gradients, losses = output.args[0]
     if gradients.target is torch.ops.aten.cat.default:
         output.args = ((gradients.args[0], losses),)
     record.graph.eliminate_dead_code()
     record.recompile()
+
+
+def _known_already(node: Node) -> Node | None:
+    """The node whose result this one only repeats."""
+    given = node.args[0] if node.args else None
+    if not isinstance(given, Node):
+        return None
+    before, after = given.meta.get("tensor_meta"), node.meta.get("tensor_meta")
+    if before is None or after is None:
+        return None
+    if node.target is torch.ops.aten.mul.Scalar and node.args[1] == 1 and before.dtype == after.dtype:
+        return given
+    if node.target in _RESHAPING and before.shape == after.shape:
+        return given
+    origin = given.args[0] if given.args else None
+    if node.target is torch.ops.aten.transpose.int and given.target is node.target and given.args[1:] == node.args[1:]:
+        return origin if isinstance(origin, Node) else None  # transposed and back
+    return None
 
 
 def _padded(num_peers: int) -> int:

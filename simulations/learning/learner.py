@@ -72,7 +72,7 @@ class TensorLearner:
         attack = self._attacks.get(peer)
         if attack == COPIES and self._honest is not None:
             return replace(self._honest, mean_loss=self._losses.get(peer, math.nan))
-        vector = self._residuals.read([peer])[0]
+        vector = self._residuals.read_one(peer)
         if attack is not None:
             seed = sha256_hex(f"{self._problem.spec.seed}:{grant.round}:{peer}".encode())
             vector = ATTACKS[attack](vector, np.random.Generator(np.random.PCG64(int(seed, 16))))
@@ -81,7 +81,7 @@ class TensorLearner:
         sent = Sent(
             payload_hash=sha256_hex(payload),
             payload_bytes=len(payload),
-            norm=codec.inspect(payload, self.num_parameters).norm,
+            norm=_norm(vector) if codec.name == _LOSSLESS else codec.inspect(payload, self.num_parameters).norm,
             mean_loss=self._losses.get(peer, math.nan),
         )
         self._payloads.add(sent.payload_hash, payload)
@@ -133,6 +133,8 @@ class TensorLearner:
         works = [work for work in self._waiting.values() if work.grant.base_digest == self.digest]
         for work in works:
             del self._waiting[work.grant.peer]
+        if not works:
+            return
         works = sorted((work for work in works if work.num_units > 0), key=lambda work: -work.num_units)
         num_chunks = -(-len(works) // self._backend.chunk)
         for number in range(num_chunks):
@@ -219,6 +221,11 @@ class TensorLearner:
         residual = self._residuals.read([credit.peer])
         codec_of(payload).accumulate(payload, -1.0, residual[0])
         self._residuals.write([credit.peer], residual)
+
+
+def _norm(vector: Vector) -> float:
+    """What `Codec.inspect` gives for a lossless payload of the vector, which `Codec.encode` has checked."""
+    return math.sqrt(np.square(vector, dtype=np.float64).sum())
 
 
 @cache

@@ -75,6 +75,12 @@ class PeerVectors:
                 self._spill.read_into(self._offset(slot), rows[place].data.cast("B"))
         return rows
 
+    def read_one(self, peer: str) -> Rows:
+        """float32 (W,), to look at until the next write: where it lies in memory, it is not copied."""
+        slot = self._slots.get(peer, self._most_rows)
+        rows = self._rows[slot : slot + 1] if slot < self._most_rows else self.read([peer])
+        return rows.reshape(self._width)
+
     def write(self, peers: Sequence[str], rows: Rows) -> None:
         """Keep rows (P, W). Raises DiskFullError."""
         for peer, row in zip(peers, rows, strict=True):

@@ -1,12 +1,17 @@
 """simulations.learning: the backends against each other, and the stacked inner optimizers against the worker's."""
 
 import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from protocol import parameters
 from protocol.errors import ConfigError, DivergedError
@@ -97,6 +102,34 @@ def test_batched_and_sequential_agree_when_gradients_are_clipped() -> None:
     problem = digits_problem("sgd", gradient_clip=0.05)
     batched, sequential = (make_backend(name, problem, device=CPU) for name in ("batched", "sequential"))
     assert_agree(problem, batched, sequential)
+
+
+class Repeating:
+    """A task whose step does much twice: what is alike may be computed once, what is random not."""
+
+    def __init__(self, random: Callable[[Tensor], Tensor]) -> None:
+        self._random = random
+
+    def build_model(self, spec: RunSpec, vocabulary_size: int, seed: int) -> nn.Module:
+        return Digits().build_model(spec, vocabulary_size, seed)
+
+    def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
+        given = rows[:, :-1].float() * 1
+        kept = self._random(given) - self._random(given)
+        return F.cross_entropy(model(kept.t().t()), rows[:, -1]) + 0 * F.cross_entropy(model(kept), rows[:, -1])
+
+
+@pytest.mark.parametrize("random", [torch.rand_like, partial(F.dropout, p=0.5)], ids=["rand", "dropout"])
+def test_a_recorded_step_gives_what_the_step_itself_gives(random: Callable[[Tensor], Tensor]) -> None:
+    problem = replace(digits_problem("sgd"), task=Repeating(random))
+    recorded, computed = BatchedBackend(problem, device=CPU), BatchedBackend(problem, device=CPU)
+    computed._can_record = False
+    theta = parameters.flatten(problem.build_model())
+    jobs = [replace(job, shards=job.shards[:1]) for job in ragged_jobs(problem, 0)[:4]]  # four are not padded
+    ours, theirs = recorded.train(theta, jobs), computed.train(theta, jobs)
+    assert recorded._recorded
+    assert np.abs(theirs.pseudo_gradients).max() > 1e-3  # equal ones would cancel and leave hardly anything
+    np.testing.assert_allclose(ours.pseudo_gradients, theirs.pseudo_gradients, atol=1e-7)
 
 
 def test_results_are_bitwise_the_same_when_run_again() -> None:

@@ -38,6 +38,7 @@ def test_vectors_are_those_of_a_dictionary(steps: list[tuple[str, float | None]]
     for kept in (vectors, pickle.loads(pickle.dumps(vectors))):  # noqa: S301  # what was just pickled
         rows = kept.read(PEERS)
         assert rows.tolist() == [[expected.get(peer, 0.0)] * WIDTH for peer in PEERS]
+        assert [kept.read_one(peer).tolist() for peer in PEERS] == rows.tolist()
         assert [peer in kept for peer in PEERS] == [peer in expected for peer in PEERS]
 
 
