@@ -13,18 +13,21 @@ worker with its S steps; all others train four times the tokens. *Synchronous* a
   runs this short, 0.5.
 - ours: Muon, outer Nesterov 0.7/0.5 (the default), codec and H by `auto`.
 
-Every arm takes the better learning rate of one grid, by the first seed. Further rows are `auto` at 20 Mbit/s with
+Every arm takes the best learning rate of one grid, by the first seed. Further rows are `auto` at 20 Mbit/s with
 workers of 100, 60, 30 and 10 % speed, and with overlap, at the same tokens; and what alone and synchronous reach in the
 virtual time of `auto` at 20 Mbit/s. The JSON has the means over seeds, sizes and texts, and each of them by its name.
 """
 
 import argparse
+import os
 import statistics
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from benchmarks.figures import Figure, write_figures
@@ -38,12 +41,14 @@ from benchmarks.learning_arms import (
     Arm,
     Result,
     Size,
+    Trial,
     list_arms,
     make_base,
+    run_trial,
     train_all,
 )
 from benchmarks.learning_pictures import Dot, Line, write_picture
-from benchmarks.learning_runs import load_problem
+from benchmarks.learning_runs import Outcome
 from worker.device import set_threads
 
 TABLE_WIDTH = 120
@@ -132,13 +137,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", metavar="PATH", help=f"a file or folder instead of {' and '.join(TEXTS)}")
     parser.add_argument("--size", choices=SIZES, help="one size only")
     parser.add_argument("--steps", type=int, metavar="S", help="inner steps of one worker")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (one a core)")
     parser.add_argument("--seeds", type=int, metavar="N", help="how many seeds (3)")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_arguments()
-    set_threads(1)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     console.print("learning rates:", {name: list(rates) for name, rates in RATES.items()}, highlight=False)
@@ -160,18 +165,18 @@ def _train_table(
     console: Console, size: Size, title: str, text: str, num_seeds: int, options: argparse.Namespace
 ) -> dict[str, Result]:
     num_steps = options.steps or (size.quick_steps if options.quick else size.steps)
-    problems = [load_problem(make_base(size, text, seed)) for seed in range(num_seeds)]
-    arms = list_arms(num_steps)
-    note = partial(_note, console, arms)
-    results = train_all(problems, num_steps, note)
-    show(console, f"{title}: {NUM_WORKERS} workers, {num_steps} inner steps each, {num_seeds} seed(s)", arms, results)
+    bases = [make_base(size, text, seed) for seed in range(num_seeds)]
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=set_threads, initargs=(1,)) as pool:
+
+        def run_all(trials: Sequence[Trial]) -> Iterable[Outcome]:
+            return track(pool.map(run_trial, trials), f"{title}: {len(trials)} runs", len(trials), console=console)
+
+        results = train_all(bases, num_steps, run_all)
+    heading = f"{title}: {NUM_WORKERS} workers, {num_steps} inner steps each, {num_seeds} seed(s)"
+    show(console, heading, list_arms(num_steps), results)
     for name, value in figures_of(results).items():
         console.print(f"{name:<36}{value:.5g}", highlight=False)
     return results
-
-
-def _note(console: Console, arms: Mapping[str, Arm], name: str, result: Result) -> None:
-    console.print(" | ".join(describe_row(name, result, arms)), highlight=False)
 
 
 def _average(tables: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:

@@ -2,11 +2,12 @@
 
 import pydoc_data.topics
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
-from benchmarks.learning_runs import Fleet, Outcome, change, train_rounds, train_single, with_spec
+from benchmarks.learning_runs import Fleet, Outcome, change, load_problem, train_rounds, train_single, with_spec
 from protocol.run_spec import AUTO, RunSpec
 from simulations.learning.problem import Problem
 
@@ -17,7 +18,7 @@ UPLOADS_MBPS = (5, 20, 100)
 MIDDLE_MBPS = 20
 DOWN_OVER_UP = 5
 UNEVEN = (1.0, 0.6, 0.3, 0.1)  # of the fastest; the median is as fast as in the other arms
-RATES = {"adamw": (3e-3, 6e-3), "muon": (1e-2, 2e-2, 4e-2)}
+RATES = {"adamw": (3e-3, 6e-3), "muon": (1e-2, 2e-2, 3e-2)}
 ADAMW_WARMUP = 0.3  # of the run: in runs this short AdamW wants it, Muon does not (docs/convergence.md)
 LONG_STEPS = 500  # H of DiLoCo as published, for runs of at least two such rounds
 
@@ -125,42 +126,70 @@ def train(arm: Arm, problem: Problem, rate: float, num_steps: int, speeds: Seque
     return train_rounds(problem, Fleet(steps_per_s=steps_per_s, upload_bps=bps, download_bps=DOWN_OVER_UP * bps))
 
 
-def train_arm(arm: Arm, problems: Sequence[Problem], num_steps: int) -> Result:
-    """Every rate of the grid for the first problem (seed), the best for the others."""
-    first = {rate: train(arm, problems[0], rate, num_steps) for rate in RATES[arm.optimizer]}
-    rate = min(first, key=lambda rate: first[rate].loss)
-    others = [train(arm, problem, rate, num_steps) for problem in problems[1:]]
-    return Result(outcomes=(first[rate], *others), rate=rate)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One run of an arm: `base` is of one size, text and seed; the rest as in `train`."""
+
+    arm: Arm
+    base: RunSpec
+    rate: float
+    num_steps: int
+    speeds: tuple[float, ...] | None = None
 
 
-def train_again(
-    arm: Arm, problems: Sequence[Problem], rate: float, num_steps: int, speeds: Sequence[float] | None = None
-) -> Result:
-    """The arm at a rate that is known."""
-    outcomes = tuple(train(arm, problem, rate, num_steps, speeds) for problem in problems)
-    return Result(outcomes=outcomes, rate=rate)
+Runner = Callable[[Sequence[Trial]], Iterable[Outcome]]  # outcomes in the trials' order, as they come
 
 
-def train_all(problems: Sequence[Problem], num_steps: int, note: Callable[[str, Result], None]) -> dict[str, Result]:
-    """All arms, and what follows from them: uneven workers, overlap, and equal virtual time."""
-    arms, results = list_arms(num_steps), {}
+def run_trial(trial: Trial) -> Outcome:
+    """In this process."""
+    problem = _load(trial.base.model_dump_json())
+    return train(trial.arm, problem, trial.rate, trial.num_steps, trial.speeds)
 
-    def keep(name: str, result: Result) -> None:
-        results[name] = result
-        note(name, result)
 
-    for name, arm in arms.items():
-        keep(name, train_arm(arm, problems, num_steps))
+@lru_cache(maxsize=2)
+def _load(spec_json: str) -> Problem:
+    return load_problem(RunSpec.model_validate_json(spec_json))
+
+
+def train_all(bases: Sequence[RunSpec], num_steps: int, run_all: Runner) -> dict[str, Result]:
+    """All arms, and what follows from them: uneven workers, overlap, and equal virtual time. bases: one a seed."""
+    arms = list_arms(num_steps)
+    results = train_arms(arms, bases, num_steps, run_all)
     middle, ours = arms[f"auto_{MIDDLE_MBPS}"], results[f"auto_{MIDDLE_MBPS}"]
-    keep("uneven", train_again(middle, problems, ours.rate, num_steps, UNEVEN))
+    more = {"uneven": Trial(arm=middle, base=bases[0], rate=ours.rate, num_steps=num_steps, speeds=UNEVEN)}
     if middle.rounds is not None:
-        overlapping = replace(middle, rounds=middle.rounds | {"exchange": {"codec": AUTO, "overlap": True}})
-        keep("overlap", train_again(overlapping, problems, ours.rate, num_steps))
+        arm = replace(middle, rounds=middle.rounds | {"exchange": {"codec": AUTO, "overlap": True}})
+        more["overlap"] = Trial(arm=arm, base=bases[0], rate=ours.rate, num_steps=num_steps)
     for name in ("alone_muon", "sync_adamw", "sync_muon"):
-        step_s = results[name].seconds / num_steps
-        steps = max(1, round(ours.seconds / step_s))
-        keep(f"{name}_in_time", train_again(arms[name], problems, results[name].rate, steps))
+        steps = max(1, round(ours.seconds / (results[name].seconds / num_steps)))
+        more[f"{name}_in_time"] = Trial(arm=arms[name], base=bases[0], rate=results[name].rate, num_steps=steps)
+    outcomes = iter(run_all([replace(trial, base=base) for trial in more.values() for base in bases]))
+    for name, trial in more.items():
+        results[name] = Result(outcomes=tuple(next(outcomes) for _ in bases), rate=trial.rate)
     return results
+
+
+def train_arms(arms: Mapping[str, Arm], bases: Sequence[RunSpec], num_steps: int, run_all: Runner) -> dict[str, Result]:
+    """Every arm at every rate of the grid for the first seed, at its best one for the others."""
+    tried = [(name, rate) for name, arm in arms.items() for rate in RATES[arm.optimizer]]
+    trials = [Trial(arm=arms[name], base=bases[0], rate=rate, num_steps=num_steps) for name, rate in tried]
+    outcomes: dict[str, dict[float, Outcome]] = {name: {} for name in arms}
+    for (name, rate), outcome in zip(tried, run_all(trials), strict=True):
+        outcomes[name][rate] = outcome
+    best = {name: min(known.items(), key=lambda pair: pair[1].loss) for name, known in outcomes.items()}
+    others = iter(
+        run_all(
+            [
+                Trial(arm=arms[name], base=base, rate=rate, num_steps=num_steps)
+                for name, (rate, _) in best.items()
+                for base in bases[1:]
+            ]
+        )
+    )
+    return {
+        name: Result(outcomes=(first, *(next(others) for _ in bases[1:])), rate=rate)
+        for name, (rate, first) in best.items()
+    }
 
 
 def make_base(size: Size, text: str, seed: int) -> RunSpec:

@@ -263,9 +263,9 @@ class _Timed:
         self.chunk, self.forget = backend.chunk, backend.forget
         self._backend, self._spent_s = backend, 0.0
 
-    def train(self, starts: Any, jobs: Sequence[Any]) -> Any:
+    def train(self, starts: Any, jobs: Sequence[Any], merge: Any = None) -> Any:
         started_s = time.perf_counter()
-        trained = self._backend.train(starts, jobs)
+        trained = self._backend.train(starts, jobs, merge)
         self._spent_s += time.perf_counter() - started_s
         return trained
 

@@ -10,7 +10,9 @@ inner steps; it is written at most every half second, so the figure is an upper 
 
 rss_mb: resident memory of the worker's process while it trains, at its highest of some seconds, without what the size
 of the model decides: parameters, gradients, AdamW's two moments and error feedback, five float32 vectors of D. Its
-libp2p daemon, a process of its own, is told apart. `< 15 s` cold and `< 450 MB` are what is asked for.
+libp2p daemon, a process of its own, is told apart. `< 15 s` cold and `< 450 MB` are what is asked for. On Linux it is
+parted into what is the process's own (anonymous) and what comes from files, such as torch's libraries, which other
+workers on the machine share and the system can drop.
 """
 
 import contextlib
@@ -51,6 +53,7 @@ class Start:
     prepared_s: float
     stepping_s: float
     rss_mb: float
+    anonymous_mb: float  # of it; 0 where the system does not tell
     libp2p_mb: float
 
 
@@ -69,12 +72,12 @@ def main(argv: list[str] | None = None) -> int:
             starts["warm"].append(measure(coordinator, home))
         num_parameters = coordinator.status()["num_parameters"]
     import_s = measure_imports()
-    print(f"{'':>6} {'joined':>8} {'prepared':>9} {'stepping':>9}   RSS MB   libp2p MB")
+    print(f"{'':>6} {'joined':>8} {'prepared':>9} {'stepping':>9}   RSS MB  anonymous   libp2p MB")
     for kind, several in starts.items():
         for one in several:
             print(
                 f"{kind:>6} {one.joined_s:>8.2f} {one.prepared_s:>9.2f} {one.stepping_s:>9.2f}"
-                f" {one.rss_mb:>8.0f} {one.libp2p_mb:>11.0f}"
+                f" {one.rss_mb:>8.0f} {one.anonymous_mb:>10.0f} {one.libp2p_mb:>11.0f}"
             )
     print(f"of a warm start, importing what a worker needs: {import_s:.2f} s")
     if not dropped:
@@ -82,11 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     own_mb = 4e-6 * MODEL_VECTORS * num_parameters
     cold_s, warm_s = (statistics.median(one.stepping_s for one in several) for several in starts.values())
     rss_mb = max(one.rss_mb for several in starts.values() for one in several) - own_mb
+    anonymous_mb = max(one.anonymous_mb for several in starts.values() for one in several) - own_mb
     libp2p_mb = max(one.libp2p_mb for several in starts.values() for one in several)
     print(f"cold {cold_s:.1f} s (asked for: {TARGET_S:.0f}), warm {warm_s:.1f} s")
     print(
         f"memory without the model's own {own_mb:.0f} MB (D = {num_parameters:,}): {rss_mb:.0f} MB "
-        f"(asked for: {TARGET_MB:.0f}), and {libp2p_mb:.0f} MB of libp2p beside it"
+        f"(asked for: {TARGET_MB:.0f}), of it {anonymous_mb:.0f} MB anonymous; {libp2p_mb:.0f} MB of libp2p beside it"
     )
     write_figures(
         options.json,
@@ -94,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             "cold_s": round(cold_s, 2),
             "warm_s": round(warm_s, 2),
             "rss_mb": round(rss_mb, 1),
+            "rss_anonymous_mb": round(anonymous_mb, 1),
             "libp2p_mb": round(libp2p_mb, 1),
             "import_s": round(import_s, 2),
             "page_cache_dropped": str(dropped).lower(),
@@ -122,7 +127,7 @@ def measure(coordinator: RunningCoordinator, home: Path) -> Start:
     begun_unix_s = time.time()
     with start_worker(coordinator.invite, home) as worker:
         computing_unix_s = wait_until(lambda: read_first_steps(home, worker), TIMEOUT_S)
-        rss_mb, libp2p_mb = watch_memory(worker.pid)
+        rss_mb, anonymous_mb, libp2p_mb = watch_memory(worker.pid)
         worker.stop()
     events: dict[str, float] = {}
     for line in log.read_bytes()[written_before:].splitlines():
@@ -133,6 +138,7 @@ def measure(coordinator: RunningCoordinator, home: Path) -> Start:
         prepared_s=events.get("fetching the state", events["joined"]),
         stepping_s=computing_unix_s - begun_unix_s,
         rss_mb=rss_mb,
+        anonymous_mb=anonymous_mb,
         libp2p_mb=libp2p_mb,
     )
 
@@ -148,17 +154,27 @@ def read_first_steps(home: Path, worker: RunningWorker) -> float:
     return 0.0
 
 
-def watch_memory(pid: int) -> tuple[float, float]:
-    """The highest resident memory of a worker's process, and of its children, in MB."""
+def watch_memory(pid: int) -> tuple[float, float, float]:
+    """The highest resident memory of a worker's process, its anonymous part, and that of its children, in MB."""
     process = psutil.Process(pid)
-    own, children = 0.0, 0.0
+    own, anonymous, children = 0.0, 0.0, 0.0
     deadline_s = time.monotonic() + WATCH_S
     while time.monotonic() < deadline_s:
         own = max(own, process.memory_info().rss / 1e6)
+        anonymous = max(anonymous, read_anonymous_bytes(pid) / 1e6)
         with contextlib.suppress(psutil.NoSuchProcess):
             children = max(children, sum(child.memory_info().rss for child in process.children(recursive=True)) / 1e6)
         time.sleep(0.1)
-    return own, children
+    return own, anonymous, children
+
+
+def read_anonymous_bytes(pid: int) -> int:
+    """Resident memory that no file is behind; 0 where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def drop_page_cache() -> bool:

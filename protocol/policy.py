@@ -18,6 +18,10 @@ from protocol.errors import ConfigError
 from protocol.run_spec import AUTO
 
 MAX_INNER_STEPS = 100_000
+# A run learns most at its beginning, and there rounds that are shorter or more precise gain most for their bytes: in
+# this part of its tokens exchange may take so many times the wanted share (docs/convergence.md).
+EARLY_PART, EARLY_SHARES = 0.08, 2.0
+FIRST_STEPS = 5  # before any link was measured: a round that is soon over, and measures them
 # The steps that follow from a round's time stay as they were while they are so near: speeds are never quite the same.
 HELD_WITHIN = 0.1
 
@@ -85,14 +89,16 @@ def plan_exchange(
     codec: str,
     options: Mapping[str, int | float],
     inner_steps: int | None,
+    progress: float,
     round_s: float | None = None,
     held_steps: int | None = None,
 ) -> ExchangePlan:
     """The exchange of the next round. `codec` and `inner_steps` may be given; "auto" and None are chosen here.
 
-    share: the part of a round that exchange may take, 0 to 1. Before any link was measured the middle of the road is
-    taken: int2 and 20 steps. round_s: seconds that a round should take; then the steps follow from it, and
-    `inner_steps` does not count. held_steps: those of the round before, for the same time.
+    share: the part of a round that exchange may take, 0 to 1; more at the beginning of a run. progress: the part of the
+    run's tokens that was trained, 0 to 1. Before any link was measured int2 and few steps are taken. round_s: seconds
+    that a round should take; then the steps follow from it, and `inner_steps` does not count. held_steps: those of the
+    round before, for the same time.
     """
     choices = CHOICES if codec == AUTO else (_given(codec, options),)
     if round_s is not None:
@@ -106,9 +112,11 @@ def plan_exchange(
         return ExchangePlan(
             codec=middle.codec,
             options=middle.options,
-            inner_steps=inner_steps or 20,
+            inner_steps=inner_steps or FIRST_STEPS,
             reason="no link was measured yet",
         )
+    if progress < EARLY_PART:
+        share = min(0.5, EARLY_SHARES * share)
     best = min(
         ((choice, h, penalty) for choice in choices for h, penalty in steps),
         key=lambda c: (

@@ -4,6 +4,8 @@ Error feedback lives here: a lease begins at θ - e/4 (protocol.error_feedback),
 gives up what was sent only when a manifest lists it (`settle`). Work that came too late, was refused, or was not this
 peer's turn is therefore in the next contribution, whose header names its shards again.
 
+Before a lease Muon's momentum is turned towards the merge that led from the state of the last lease to this one's.
+
 With overlap the worker goes on while its contribution is exchanged and merged (`go_on`). From θ it has come to θ - Δ;
 it goes on from s = θ - OWN_SHARE Δ, since the others' average is not there yet. When the merge has given θ', the next
 lease starts from where the worker stands, moved by θ' - e/4 - s, and its pseudo-gradient counts from θ' - e/4: no step
@@ -13,12 +15,13 @@ little but one copy of the weights; all other passes over vectors are made besid
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
+from torch import Tensor
 
 from protocol import parameters
 from protocol.codecs import codec_of, get_codec
@@ -34,7 +37,7 @@ from protocol.shard_format import decode_shard
 from protocol.signing import Signed
 from worker.device import set_threads
 from worker.link import CoordinatorLink
-from worker.optimizers import InnerOptimizer
+from worker.optimizers import sum_rates
 from worker.saved_lease import HeldLease, LeaseFacts, SavedLease
 from worker.saved_work import Pending, SavedWork, Unlisted
 from worker.trainer import StepReport, Trainer, TrainResult
@@ -94,7 +97,10 @@ class Contributor:
         self._displacement = np.zeros(genesis.num_parameters, np.float32)
         self._start: Vector | None = None  # s
         self._is_ahead = False  # the model stands where training ahead has led
+        self._base: State | None = None  # of the last lease
+        self._merge: Manifest | None = None  # the last one
         self._lead_shards: tuple[ShardRef, ...] = ()
+        self._optimizer_state: Mapping[str, Tensor] | None = None  # at the end of a lease, to be saved
 
     def compute_deadline_s(self, lease: Lease, age_s: float = 0.0) -> float:
         """When a lease that came `age_s` ago must be trained, by the monotonic clock."""
@@ -149,9 +155,15 @@ class Contributor:
         await asyncio.to_thread(self._go_on, lease, state, should_stop, on_step)
 
     async def save(self, round_: int, *, at_end: bool = False, is_ahead: bool = False) -> None:
-        """Keep what no manifest before `round_` has listed over a restart. A disk that is full is told, not raised."""
-        if at_end or self._saved.is_due:
-            await asyncio.to_thread(self._save, round_, None if is_ahead else self._trainer.optimizer)
+        """Keep what no manifest before `round_` has listed over a restart. A disk that is full is told, not raised.
+
+        is_ahead: training goes on, and the optimizer's state is kept as it was at the lease's end.
+        """
+        state, self._optimizer_state = self._optimizer_state, None
+        if is_ahead and state is not None:
+            await asyncio.to_thread(self._save, round_, state)
+        elif at_end or (not is_ahead and self._saved.is_due):
+            await asyncio.to_thread(self._save, round_, self._trainer.optimizer.state())
 
     def restore(self) -> int | None:
         """Take up what a process before this one saved: the round that it was saved for, None when there is nothing."""
@@ -183,7 +195,7 @@ class Contributor:
 
     def settle(self, manifest: Manifest) -> bool:
         """Take a manifest into account: True when it lists the pending contribution, which is then done with."""
-        pending = self.pending
+        self._merge, pending = manifest, self.pending
         if pending and any(entry.payload_hash == pending.payload_hash for entry in manifest.contributions):
             self._feedback.settle(self._store.read(pending.payload_hash))
             self.pending, self.carried = None, ()
@@ -211,10 +223,10 @@ class Contributor:
             log.warning("the lease in hand of the last time is not taken up", error=str(error))
         return None
 
-    def _save(self, round_: int, optimizer: InnerOptimizer | None) -> None:
+    def _save(self, round_: int, optimizer_state: Mapping[str, Tensor]) -> None:
         unlisted = Unlisted(round=round_, pending=self.pending, carried=self.carried)
         try:
-            self._saved.save(unlisted, self._feedback.state(), optimizer)
+            self._saved.save(unlisted, self._feedback.state(), optimizer_state)
             self._saved_lease.drop()  # what it held is in the other file now
         except DiskFullError as error:
             log.warning("the work so far cannot be saved", error=str(error))
@@ -232,6 +244,7 @@ class Contributor:
         should_stop: Callable[[], bool],
         on_step: Callable[[StepReport], None],
     ) -> Trained:
+        self._turn_momentum(state)
         received_unix_s = held.facts.received_unix_s if held else time.time()
         lead_shards, self._lead_shards = self._lead_shards, ()
         if held is not None:
@@ -259,6 +272,8 @@ class Contributor:
         steps_done = held.facts.steps_done if held else 0
         result = self._run(lease.shards, lease.tokens_before, lease.round_tokens, should_stop, note_step, steps_done)
         weights = parameters.flatten(self._trainer.model, into=self._weights)
+        if lease.ahead and self._saved.is_due:  # its steps go on before this can be written
+            self._optimizer_state = self._trainer.optimizer.state(copy=True)
         self.steps_per_s = result.steps_per_s
         # each once: what was refused went back to the pool, and may have been leased to this worker again
         shards = tuple(dict.fromkeys((*lease.shards[: result.shards_done], *lead_shards, *self.carried)))
@@ -271,6 +286,18 @@ class Contributor:
             compute_s=result.compute_s,
             weights=weights,
         )
+
+    def _turn_momentum(self, state: State) -> None:
+        """Turn the inner optimizer's momentum towards the merge that made `state` of what was trained from last."""
+        base, self._base = self._base, state
+        merge = self._merge
+        if base is None or merge is None or not merge.contributions:
+            return
+        if merge.base_digest == base.digest and state.round == base.round + 1:
+            np.subtract(base.theta, state.theta, out=self._displacement)
+            tokens = [entry.tokens for entry in merge.contributions]
+            rate_sum = sum_rates(tokens, merge.tokens_after, self._genesis.spec)
+            self._trainer.optimizer.turn_momentum(self._displacement, rate_sum)
 
     def _save_lease(self, facts: LeaseFacts, state: State) -> None:
         weights = parameters.flatten(self._trainer.model, into=self._weights)

@@ -17,40 +17,34 @@ from pathlib import Path
 
 import structlog
 
-from protocol.documents import Genesis, Invite, Lease, Manifest, MergeOrder, Receipt
+from protocol.documents import Invite, Lease, Manifest, MergeOrder, Receipt
 from protocol.envelope import unpack
 from protocol.errors import ConnectionFailedError, ManyhandsError, UnavailableError, VerificationError
 from protocol.exchange.peer import PeerNode, PeerSource
 from protocol.exchange.source import Source
-from protocol.exchange.throttle import Throttle
 from protocol.invite import decode_invite
 from protocol.wire import coordinator_pb2 as pb
-from worker.background import list_pids
+from worker.allowance import Allowance
 from worker.contributor import Contributor
 from worker.device import choose_device, describe_device, give_memory_back
 from worker.follower import Follower
-from worker.governor.governor import Governor
 from worker.governor.ladder import Decision
-from worker.governor.preferences import Preferences
-from worker.governor.priority import Priority
-from worker.governor.reasons import PauseReason
-from worker.governor.sensors import Sensors, SystemSensors
+from worker.governor.sensors import Sensors
 from worker.governor.traffic import TrafficMeter
 from worker.group_merger import GroupMerger
 from worker.home import RunHome
+from worker.kept_state import KeptState
 from worker.lease_work import LeaseWork
 from worker.link import CoordinatorLink, Introduction
+from worker.preparation import prepare_trainer
 from worker.saved_lease import SavedLease
 from worker.saved_work import SavedWork
 from worker.status import WorkerStatus
-from worker.trainer import StepReport, Trainer
+from worker.trainer import StepReport
 
 log = structlog.get_logger()
-MAX_STORE_BYTES = 4 << 30
 MAX_CONFIG_BYTES = 1 << 20
-BENCHMARK_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-SPARING_NETWORK = (PauseReason.METERED, PauseReason.TRAFFIC_CAP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,36 +77,36 @@ class Worker:
         self.identity = self.home.identity()
         self.store = self.home.store
         self.status = WorkerStatus(name=self.options.name, peer=self.identity.peer_id)
-        receipts = self.home.read_receipts()
-        self.status.credited_tokens, self.status.accepted = sum(each.tokens for each in receipts), len(receipts)
+        credit = self.home.receipts.credit()
+        self.status.credited_tokens, self.status.accepted = credit.tokens, credit.accepted
         self._invite: Invite
         self._invite, self._coordinator_key = decode_invite(self.invite_text)
         self._work: LeaseWork | None = None  # from the first join on
         self._saved_lease = SavedLease(self.home.folder, self.options.checkpoint_steps)
         self._finished = False
-        self._kept_state = ""
+        self._kept = KeptState(self.store)
         self._link: CoordinatorLink | None = None  # while joined
-        self._online = asyncio.Event()
-        self._online.set()
-        self._offline = asyncio.Event()
-        self._downloads = Throttle(None)
-        self._traffic = TrafficMeter(self.home.home / "traffic.json")
-        self._counted = 0, 0  # bytes that the traffic meter knows of
-        self._priority = Priority()
-        self._governor = self._make_governor()
+        self._allowance = Allowance(
+            self.home,
+            preferences_path=self.options.preferences_path,
+            throttle=self.options.throttle,
+            threads=self.options.threads,
+            make_sensors=self.make_sensors,
+            on_decision=self._take_decision,
+        )
         self._claimed_steps_per_s = 0.0
 
     async def run(self) -> None:
         """Work until `stopping` is set or the run is finished. Raises ManyhandsError when it cannot go on."""
         async with await PeerNode.start(self.store, self.home.identity_path, public=self.options.public) as self._node:
-            if self._governor is not None:
-                await self._governor.poll()
-            self._follower = Follower(self.store, self._make_source, self._settle, self._downloads)
+            self._allowance.uploads = self._node.uploads
+            await self._allowance.begin()
+            self._follower = Follower(self.store, self._make_source, self._settle, self._allowance.downloads)
             self._groups = GroupMerger(self._node, self._follower, self.store)
             stop = asyncio.create_task(self.stopping.wait())
             died = asyncio.create_task(self._node.died.wait())
             run = asyncio.create_task(self._keep_joined())
-            govern = asyncio.create_task(self._govern())
+            govern = asyncio.create_task(self._allowance.run())
             try:
                 await asyncio.wait([stop, died, run, govern], return_when=asyncio.FIRST_COMPLETED)
                 if govern.done():
@@ -130,7 +124,7 @@ class Worker:
                     await self._work.end()
                     await self._work.contributor.save(self._follower.round, at_end=True)
                 self._count_traffic()
-                self._traffic.save()
+                self._allowance.save_traffic()
                 self._show("stopped")
 
     def _make_source(self, peer: str, addresses: Sequence[str]) -> Source | None:
@@ -151,7 +145,7 @@ class Worker:
             self._show(reason)
 
         while not self._finished:
-            await self._online.wait()
+            await self._allowance.online.wait()
             try:
                 async with CoordinatorLink(
                     self.invite_text, self._invite, self._coordinator_key, self.identity, self._node.uploads
@@ -184,7 +178,7 @@ class Worker:
     async def _converse_while_online(self, link: CoordinatorLink) -> None:
         """One joined session, which a pause that needs the network spared ends as the owner's stop does."""
         conversation = asyncio.create_task(self._converse(link))
-        offline = asyncio.create_task(self._offline.wait())
+        offline = asyncio.create_task(self._allowance.offline.wait())
         try:
             await asyncio.wait([conversation, offline], return_when=asyncio.FIRST_COMPLETED)
             if conversation.done():
@@ -216,7 +210,7 @@ class Worker:
         except asyncio.CancelledError:
             if self._work is not None:
                 self._work.hand_back("the worker stops")
-            why = f"paused: {self.status.pause_reason}" if self._offline.is_set() else "stopped by its owner"
+            why = f"paused: {self.status.pause_reason}" if self._allowance.offline.is_set() else "stopped by its owner"
             link.send(leaving=pb.Leaving(reason=why))
             await link.drain()
             raise
@@ -245,8 +239,11 @@ class Worker:
         await link.fetch_small_blobs([genesis.shard_index_hash], self.store, 80 * genesis.num_shards + 64)
         await link.fetch_small_blobs([genesis.model_config_hash], self.store, MAX_CONFIG_BYTES)
         hashes: list[str] = json.loads(self.store.read(genesis.shard_index_hash))
-        trainer = await asyncio.to_thread(self._build_trainer, genesis)
-        self._claimed_steps_per_s = await asyncio.to_thread(trainer.benchmark, BENCHMARK_S) * self.options.throttle
+        model_config = self.store.read(genesis.model_config_hash)
+        trainer, steps_per_s = await asyncio.to_thread(
+            prepare_trainer, genesis, model_config, choose_device(self.options.device), self._allowance.compile_mode
+        )
+        self._claimed_steps_per_s = steps_per_s * self.options.throttle
         give_memory_back()
         contributor = Contributor(
             genesis=genesis,
@@ -254,8 +251,8 @@ class Worker:
             store=self.store,
             trainer=trainer,
             shard_hashes=hashes,
-            throttle=lambda: self.throttle,
-            threads=self._choose_threads,
+            throttle=lambda: self._allowance.throttle,
+            threads=self._allowance.choose_threads,
             saved=SavedWork(self.home.folder),
             saved_lease=self._saved_lease,
         )
@@ -263,86 +260,22 @@ class Worker:
         if saved_round is not None:
             self._follower.note_from(saved_round)
             log.info("goes on with the work of the last time", round=saved_round)
-        return LeaseWork(contributor, self.store, pace=self, show=self._show, on_step=self._note_step)
+        return LeaseWork(contributor, self.store, pace=self._allowance, show=self._show, on_step=self._note_step)
 
-    def _build_trainer(self, genesis: Genesis) -> Trainer:
-        trainer = Trainer(
-            genesis.spec,
-            genesis.vocabulary_size,
-            choose_device(self.options.device),
-            model_config=self.store.read(genesis.model_config_hash),
-        )
-        if trainer.num_parameters != genesis.num_parameters:
-            raise VerificationError(
-                f"the run's model has {genesis.num_parameters} parameters, the one that its config gives here "
-                f"{trainer.num_parameters}"
-            )
-        trainer.tune()
-        return trainer
-
-    # ---- when there is computing: worker.lease_work.Pace, and what the governor says
-
-    @property
-    def paused(self) -> bool:
-        return self._governor is not None and self._governor.paused
-
-    @property
-    def throttle(self) -> float:
-        return min(self.options.throttle, self._governor.throttle if self._governor else 1.0)
-
-    def _choose_threads(self) -> int | None:
-        return self.options.threads or (self._governor.preferences.cpu_threads or None if self._governor else None)
-
-    def wait_while_paused(self, should_stop: Callable[[], bool]) -> bool:
-        return self._governor.wait_while_paused(should_stop) if self._governor else not should_stop()
-
-    def _make_governor(self) -> Governor | None:
-        if self.options.preferences_path is None:
-            return None
-        sensors = self.make_sensors(self._traffic) if self.make_sensors else self._system_sensors()
-        return Governor(
-            self.options.preferences_path,
-            self.home.home,
-            sensors,
-            on_change=self._take_decision,
-            on_preferences=self._take_preferences,
-        )
-
-    def _system_sensors(self) -> Sensors:
-        return SystemSensors(self.home.home, self._traffic, lambda: list_pids(self.home.home))
-
-    async def _govern(self) -> None:
-        if self._governor is None:
-            await asyncio.Event().wait()
-        else:
-            await self._governor.run()
+    # ---- what the owner allows
 
     def _take_decision(self, decision: Decision) -> None:
-        """Tell the coordinator and the volunteer; leave the run while the network is to be spared."""
+        """Tell the coordinator and the volunteer."""
         reason = decision.reason
         self.status.pause_reason = reason.value if reason else ""
         self.status.pause_detail = decision.detail if reason else ""
-        if reason in SPARING_NETWORK:
-            self._online.clear()
-            self._offline.set()
-        else:
-            self._offline.clear()
-            self._online.set()
         if self._link is not None:
             self._link.send_availability(self.status.pause_reason)
             self._send_heartbeat(self._link)
         self._show(self.status.activity)
 
-    def _take_preferences(self, preferences: Preferences) -> None:
-        self._node.uploads.limit(preferences.upload_bps)
-        self._downloads.limit(preferences.download_bps)
-        if not self._priority.apply(preferences.niceness, preferences.io_priority):
-            log.warning("the system does not let this process change its priority")
-
     def _count_traffic(self) -> None:
-        sent, received = self.status.bytes_sent, self.status.bytes_received
-        self._traffic.add(sent - self._counted[0], received - self._counted[1])
-        self._counted = sent, received
+        self._allowance.count_traffic(self.status.bytes_sent, self.status.bytes_received)
 
     # ---- messages
 
@@ -355,7 +288,7 @@ class Worker:
             case "receipt":
                 signed = unpack(message.receipt)
                 receipt = link.open(signed, Receipt)
-                self.home.keep_receipt(signed)
+                self.home.receipts.keep(signed)
                 self.status.credited_tokens += receipt.tokens
                 self.status.accepted += 1
             case "wanted":
@@ -399,26 +332,11 @@ class Worker:
             self._follower.forget()
             await self._follower.catch_up(link)
         self._report_state(link)
-        await asyncio.to_thread(self._tidy_store, link.genesis.spec.checkpoint.every_rounds)
+        every_rounds = link.genesis.spec.checkpoint.every_rounds
+        await asyncio.to_thread(self._kept.tidy, self._follower.state, every_rounds, self._allowance.max_store_bytes)
         if manifest.tokens_after >= link.genesis.spec.train.tokens:
             self._send_heartbeat(link)
             self._finished = True
-
-    def _tidy_store(self, checkpoint_every_rounds: int) -> None:
-        """Keep the state of each checkpoint round, for joiners that ask this peer, and drop what is old."""
-        state = self._follower.state
-        if state is None or state.round % checkpoint_every_rounds:
-            return
-        if self._kept_state and self._kept_state != state.digest:
-            self.store.remove(self._kept_state)
-        self._kept_state = self.store.put(state.to_bytes())
-        self.store.prune({self._kept_state}, self._max_store_bytes)
-
-    @property
-    def _max_store_bytes(self) -> int:
-        """Of this run's blobs: somewhat under what the volunteer allows for everything."""
-        allowed_gb = self._governor.preferences.store_max_gb if self._governor else 0.0
-        return min(MAX_STORE_BYTES, int(0.8e9 * allowed_gb)) if allowed_gb else MAX_STORE_BYTES
 
     # ---- what is told
 

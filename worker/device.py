@@ -113,7 +113,7 @@ def measure_autocast(
         for turn in range(4):
             for enabled in (False, True):
                 try:
-                    elapsed_s = _time_pass(loss, model, batch, device, dtype if enabled else None)
+                    elapsed_s = time_pass(loss, model, batch, device, dtype if enabled else None)
                 except (RuntimeError, NotImplementedError):  # an operation that lacks the dtype on this device
                     if enabled:
                         return None
@@ -130,13 +130,14 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def _time_pass(
+def time_pass(
     loss: Callable[[nn.Module, Tensor], Tensor],
     model: nn.Module,
     batch: Tensor,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> float:
+    """Seconds of a forward and backward pass, gradients cleared after it."""
     started_s = time.perf_counter()
     try:
         with autocast(device, dtype):

@@ -2,7 +2,7 @@
 
 identity.key            this machine's key, for all runs
 runs/RUN_ID/blobs/      shards, states, payloads
-runs/RUN_ID/receipts.jsonl  what the coordinator signed for accepted work
+runs/RUN_ID/receipts*       what the coordinator signed for accepted work: worker.receipts
 runs/RUN_ID/{work,optimizer,lease}.safetensors  what is done and not yet credited: worker.saved_work, worker.saved_lease
 runs/RUN_ID/status.json what it is doing now       runs/RUN_ID/lock    held while it runs
 """
@@ -11,17 +11,15 @@ import fcntl
 import json
 import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
-from protocol.documents import Receipt
-from protocol.errors import ManyhandsError, VerificationError
+from protocol.errors import ManyhandsError
 from protocol.exchange.store import BlobStore, naming_full_disks
 from protocol.identity import Identity
-from protocol.signing import Signed
+from worker.receipts import Receipts
 
 
 def default_home() -> Path:
@@ -49,8 +47,8 @@ class RunHome:
         return self.folder / "status.json"
 
     @property
-    def receipts_path(self) -> Path:
-        return self.folder / "receipts.jsonl"
+    def receipts(self) -> Receipts:
+        return Receipts(self.folder)
 
     @property
     def store(self) -> BlobStore:
@@ -83,20 +81,6 @@ class RunHome:
             temporary.replace(self.status_path)
         except OSError:
             temporary.unlink(missing_ok=True)
-
-    def keep_receipt(self, signed: Signed) -> None:
-        """Add a receipt, a line each. A full disk is not a reason to stop computing: the ledger has it too."""
-        with suppress(OSError), self.receipts_path.open("a") as file:
-            file.write(json.dumps(signed.to_json()) + "\n")
-
-    def read_receipts(self) -> list[Receipt]:
-        """The receipts that were kept. What a crash cut short is left out."""
-        receipts = []
-        lines = self.receipts_path.read_text().splitlines() if self.receipts_path.exists() else []
-        for line in lines:
-            with suppress(ValueError, VerificationError):
-                receipts.append(Receipt.model_validate_json(Signed.from_json(json.loads(line)).body))
-        return receipts
 
     def read_status(self) -> dict[str, object]:
         try:

@@ -4,8 +4,8 @@
 - `muon`: Muon (Jordan et al., 2024) on hidden matrices, AdamW on embeddings, the output head and everything else, as
   in MuLoCo. Its update is scaled to AdamW's RMS, so that both share one learning rate.
 
-Its state belongs to one worker, stays across rounds and restarts, and is never sent. It is saved as safetensors and
-checked name by name when it is read.
+Its state belongs to one worker, stays across rounds and restarts, and is never sent; after a merge Muon's momentum is
+turned towards it (worker.momentum). It is saved as safetensors and checked name by name when it is read.
 """
 
 import math
@@ -18,13 +18,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from protocol.codecs.payload import Vector
 from protocol.errors import ConfigError, VerificationError
+from protocol.parameters import ParameterSlot, parameter_layout
 from protocol.run_spec import RunSpec, TrainSpec
 from worker.disk import write_tensors
+from worker.momentum import MUON_RMS, orthogonalize, turn
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with weight decay, Nesterov momentum and AdamW's RMS, orthogonalized by `worker.momentum`."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # nothing here has a closure
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                buffer = state["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
+                update = orthogonalize(parameter.grad.lerp(buffer, momentum)[None])[0]
+                parameter.mul_(1.0 - rate * group["weight_decay"])
+                parameter.add_(update, alpha=-rate * MUON_RMS * math.sqrt(max(update.shape)))
+
 
 _STATE_KEYS: dict[type[torch.optim.Optimizer], frozenset[str]] = {
     torch.optim.AdamW: frozenset({"step", "exp_avg", "exp_avg_sq"}),
-    torch.optim.Muon: frozenset({"momentum_buffer"}),
+    Muon: frozenset({"momentum_buffer"}),
 }
 _SEPARATOR = "|"  # between a parameter's name and a state's key; a name has none
 
@@ -35,6 +59,7 @@ class InnerOptimizer:
     def __init__(self, parts: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
         self._parts = tuple(parts)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._slots: dict[Tensor, ParameterSlot] = dict(zip(model.parameters(), parameter_layout(model), strict=True))
 
     def step(self, learning_rate: float) -> None:
         """One update of all parameters that have a gradient."""
@@ -47,15 +72,28 @@ class InnerOptimizer:
         for part in self._parts:
             part.zero_grad(set_to_none=True)
 
+    def turn_momentum(self, moved: Vector, rate_sum: float) -> None:
+        """Turn Muon's momentum towards a merge: moved, float32 (D,), is θ before it minus θ after. See `sum_rates`."""
+        for part in self._parts:
+            if not isinstance(part, Muon):
+                continue
+            for parameter, state in part.state.items():
+                slot, momentum = self._slots[parameter], state["momentum_buffer"]
+                own = torch.from_numpy(moved[slot.range]).to(momentum.device).view(slot.shape)
+                turn(momentum[None], own, rate_sum)
+
     def save(self, path: Path) -> None:
         """Write the state to a safetensors file in one step. Raises DiskFullError."""
-        tensors = {
-            f"{self._names[parameter]}{_SEPARATOR}{key}": value.detach().cpu().contiguous()
+        write_tensors(path, self.state())
+
+    def state(self, *, copy: bool = False) -> dict[str, Tensor]:
+        """What `save` writes: on the CPU, and valid until the next step; a copy stays as it is."""
+        return {
+            f"{self._names[parameter]}{_SEPARATOR}{key}": value.detach().to("cpu", copy=copy).contiguous()
             for part in self._parts
             for parameter, state in part.state.items()
             for key, value in state.items()
         }
-        write_tensors(path, tensors)
 
     def load(self, path: Path) -> None:
         """Take the state from a file that `save` wrote. On an error nothing has changed.
@@ -102,7 +140,7 @@ def _build_muon(model: nn.Module, train: TrainSpec) -> InnerOptimizer:
     parts: list[torch.optim.Optimizer] = []
     if hidden:
         parts.append(
-            torch.optim.Muon(
+            Muon(
                 hidden,
                 lr=train.learning_rate,
                 weight_decay=train.weight_decay,
@@ -169,3 +207,13 @@ def learning_rate_at(tokens: float, spec: RunSpec) -> float:
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     final = train.final_learning_rate_fraction
     return train.learning_rate * (final + (1.0 - final) * cosine)
+
+
+def sum_rates(credited_tokens: Sequence[int], tokens_after: int, spec: RunSpec) -> float:
+    """The learning rates of a round's steps, added up, for the mean worker as the merge weighs it: by its tokens.
+
+    credited_tokens: of each contribution; tokens_after: of the whole run, this round's included.
+    """
+    total = sum(credited_tokens)
+    steps = sum(tokens * tokens for tokens in credited_tokens) / (total * spec.step_tokens)
+    return steps * learning_rate_at(tokens_after - total / 2, spec)

@@ -8,12 +8,14 @@ often, so that it never takes more than a small share of the time.
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from protocol.codecs.payload import Vector
 from protocol.documents import ShardRef
@@ -56,13 +58,12 @@ class SavedWork:
     def is_due(self) -> bool:
         return time.monotonic() >= self._next_s
 
-    def save(self, unlisted: Unlisted, residual: Vector, optimizer: InnerOptimizer | None) -> None:
-        """Replace both files; without an optimizer, whose steps go on meanwhile, the first. Raises DiskFullError."""
+    def save(self, unlisted: Unlisted, residual: Vector, optimizer_state: Mapping[str, Tensor]) -> None:
+        """Replace both files. optimizer_state: InnerOptimizer.state(). Raises DiskFullError."""
         started_s = time.monotonic()
         facts = torch.frombuffer(bytearray(unlisted.model_dump_json().encode()), dtype=torch.uint8)
         write_tensors(self._work_path, {"residual": torch.from_numpy(residual), "unlisted": facts})
-        if optimizer is not None:
-            self.save_optimizer(optimizer)
+        write_tensors(self._optimizer_path, optimizer_state)
         now_s = time.monotonic()
         self._next_s = now_s + (now_s - started_s) / MOST_OF_THE_TIME
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -26,12 +27,16 @@ from torch import Tensor
 from protocol import parameters
 from protocol.errors import DeviceMemoryError, DivergedError, VerificationError
 from protocol.run_spec import RunSpec
+from worker.compiling import Loss, choose_loss, describe_failure
 from worker.device import autocast, measure_autocast, seeded, synchronize
+from worker.governor.preferences import CompileMode
 from worker.optimizers import InnerOptimizer, build_optimizer, learning_rate_at
 from worker.tasks import TASKS, Task
 
+log = structlog.get_logger()
 _MAX_BAD_STEPS = 3  # in a row
 _DIVERGED = "the lease gave no finite result; lower train.learning_rate"
+_STEPS_IF_AUTO = 100  # of a lease whose length follows the links, about
 _SLEEP_S = 0.1  # a throttled worker looks this often whether it should stop
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, MPS; the CPU's allocators
 
@@ -93,6 +98,7 @@ class Trainer:
         self.vocabulary_size = vocabulary_size
         self.micro_batch = min(micro_batch or spec.train.batch_sequences, spec.train.batch_sequences)
         self.autocast_dtype: torch.dtype | None = None
+        self.compiled_loss: Loss | None = None
         if model_config is None:
             model = task.build_model(spec, vocabulary_size, spec.seed)
         else:
@@ -105,11 +111,17 @@ class Trainer:
         """D."""
         return parameters.count_parameters(self.model)
 
-    def tune(self) -> None:
-        """Turn bfloat16 autocast on if it is faster here, off if not. Takes about a second."""
+    def tune(self, compile_mode: CompileMode = "off") -> None:
+        """Turn bfloat16 autocast on if it is faster here, off if not, and compile the model by the mode."""
         self.model.train()
         batch = self._random_rows(self.micro_batch)
         self.autocast_dtype = measure_autocast(self.task.loss, self.model, batch, self.device)
+        steps = self.spec.round.inner_steps
+        passes = math.ceil(self.spec.train.batch_sequences / self.micro_batch)
+        passes *= steps if isinstance(steps, int) else _STEPS_IF_AUTO
+        self.compiled_loss = choose_loss(
+            compile_mode, self.task.loss, self.model, batch, self.device, self.autocast_dtype, passes
+        )
 
     def run_lease(
         self,
@@ -176,6 +188,7 @@ class Trainer:
         with seeded(self.device, _hash(shards)):
             progress = _Progress(steps=steps_done)
             self._train(progress, batches, learning_rate, should_stop, on_step, 1.0 / throttle - 1.0)
+        self.optimizer.zero_grad()  # not after each step: the C library would give the memory back, and get it anew
         return self._conclude(progress, progress.steps - steps_done, time.perf_counter() - started_s)
 
     def evaluate(self, theta: NDArray[np.float32] | None, rows: NDArray[np.int64], batch: int) -> float:
@@ -215,6 +228,7 @@ class Trainer:
             deadline_s = time.perf_counter() + seconds
             while len(durations_s) < 2 or time.perf_counter() < deadline_s:
                 durations_s.append(self._make_step(rows, scratch, 0.0).compute_s)
+        scratch.zero_grad()
         return 1.0 / statistics.median(durations_s)
 
     def save_optimizer(self, path: Path) -> None:
@@ -268,7 +282,6 @@ class Trainer:
                 if _is_out_of_memory(error):
                     raise DeviceMemoryError(f"{self.device} has no room for the optimizer's state") from error
                 raise
-        optimizer.zero_grad()
         synchronize(self.device)
         return _Step(loss=loss, gradient_norm=norm, skipped=skipped, compute_s=time.perf_counter() - started_s)
 
@@ -277,7 +290,11 @@ class Trainer:
             optimizer.zero_grad()
             try:
                 return self._accumulate(rows)
-            except RuntimeError as error:
+            except Exception as error:  # a compiler's may be any
+                if self.compiled_loss is not None and not _is_out_of_memory(error):
+                    log.warning("the model is no longer compiled", reason=describe_failure(error))
+                    self.compiled_loss = None
+                    continue
                 if not _is_out_of_memory(error):
                     raise
                 if self.micro_batch == 1:
@@ -290,9 +307,10 @@ class Trainer:
 
     def _accumulate(self, rows: Tensor) -> tuple[float, float]:
         total = torch.zeros((), device=self.device)
+        compute_loss = self.compiled_loss or self.task.loss
         for part in torch.split(rows, self.micro_batch):
             with autocast(self.device, self.autocast_dtype):
-                loss = self.task.loss(self.model, part) * (len(part) / len(rows))
+                loss = compute_loss(self.model, part) * (len(part) / len(rows))
             loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.train.gradient_clip)
@@ -374,5 +392,7 @@ def _sleep(duration_s: float, should_stop: Callable[[], bool]) -> None:
         time.sleep(min(left_s, _SLEEP_S))
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+    )

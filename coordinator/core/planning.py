@@ -19,6 +19,7 @@ def plan_round(state: State, workers: Collection[str]) -> ExchangePlan:
         codec=exchange.codec,
         options=exchange.codec_options,
         inner_steps=None if inner_steps == AUTO else inner_steps,
+        progress=state.tokens_credited / state.spec.train.tokens,
         round_s=state.round_time_s,
         held_steps=before.inner_steps if before and before.round_s == state.round_time_s else None,
     )

@@ -6,25 +6,9 @@ unexecuted, so that its submodules can be imported by themselves; whoever asks t
 the whole of it.
 """
 
-import sys
-from importlib.util import find_spec, module_from_spec
-from typing import Any
+from protocol.deferred_package import defer_package
 
 
 def defer_hivemind() -> None:
     """Do so, unless hivemind is imported already or not installed."""
-    spec = None if "hivemind" in sys.modules else find_spec("hivemind")
-    if spec is None or spec.loader is None:
-        return
-    package = module_from_spec(spec)
-    load = spec.loader.exec_module
-
-    def load_attribute(name: str) -> Any:
-        if name.startswith("__") or f"hivemind.{name}" in sys.modules:  # the latter is being imported just now
-            raise AttributeError(f"module 'hivemind' has no attribute {name!r}")
-        del package.__getattr__
-        load(package)
-        return getattr(package, name)
-
-    package.__getattr__ = load_attribute  # type: ignore[method-assign]  # PEP 562
-    sys.modules["hivemind"] = package
+    defer_package("hivemind")

@@ -33,6 +33,7 @@ class Job:
     """The inner steps of one peer: some whole shards (indices), the first ones of a lease.
 
     tokens_before, round_tokens, lease_tokens: as in worker.trainer.Trainer.run_lease; the learning rate follows.
+    turns: whether its momentum is turned towards the merge first.
     """
 
     peer: str
@@ -40,6 +41,15 @@ class Job:
     tokens_before: int
     round_tokens: int
     lease_tokens: int
+    turns: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merge:
+    """The last merge, for the peers that `turn`: see InnerOptimizer.turn_momentum."""
+
+    moved: Vector  # (D,)
+    rate_sum: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +65,7 @@ class Backend(Protocol):
 
     chunk: int  # peers in one call of `train`, at most
 
-    def train(self, starts: Vector, jobs: Sequence[Job]) -> Trained:
+    def train(self, starts: Vector, jobs: Sequence[Job], merge: Merge | None = None) -> Trained:
         """Train every job's peer from its row of `starts`, float32 (P, D), or all from one (D,).
 
         Raises DivergedError as the worker's trainer does, and names the peer.

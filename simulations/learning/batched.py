@@ -5,8 +5,8 @@ step is recorded once for every number of peers (make_fx) and the plain record i
 because it looks at its numbers on the way, goes through vmap every time. Chunks are padded to few different sizes, so
 that few records are made.
 
-With torch.optim.Muon no two backends agree for long: its bfloat16 turns differences of 1e-7 into ones of 1e-3, and so
-does the worker's trainer when its own start is moved by as little. On equal gradients the steps are equal.
+With Muon two GPU backends do not agree for long: its bfloat16 turns differences of 1e-7 into ones of 1e-3, and so does
+the worker's trainer when its own start is moved by as little. On equal gradients the steps are equal.
 
 Peers make different numbers of inner steps: they are sorted, most steps first, so that those who still have steps to
 make come first, and the others' rows are not touched any more.
@@ -31,7 +31,7 @@ from torch.fx import GraphModule, Node
 
 from protocol.errors import DivergedError
 from protocol.parameters import count_parameters, parameter_layout
-from simulations.learning.backend import Job, Trained, Vector, learning_rates
+from simulations.learning.backend import Job, Merge, Trained, Vector, learning_rates
 from simulations.learning.inner import StackedOptimizer
 from simulations.learning.problem import Problem
 from simulations.learning.stores import PeerVectors
@@ -75,13 +75,13 @@ class BatchedBackend:
         self._states = PeerVectors(self._optimizer.state_size)
         self.chunk = chunk or self._fit_chunk(model, memory_bytes)
 
-    def train(self, starts: Vector, jobs: Sequence[Job]) -> Trained:
+    def train(self, starts: Vector, jobs: Sequence[Job], merge: Merge | None = None) -> Trained:
         """See Backend."""
         order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].shards))
         ordered = [jobs[place] for place in order]
         with torch.no_grad(), seeded(self._device, _seed(ordered)):
             starts_pd = self._to_device(starts if starts.ndim == 1 else starts[order])
-            ends_pd, losses_sp = self._make_steps(starts_pd, ordered)
+            ends_pd, losses_sp = self._make_steps(starts_pd, ordered, merge)
             gradients_pd = (starts_pd - ends_pd).cpu().numpy()
         means = _mean_losses(losses_sp, ordered)
         if not np.isfinite(gradients_pd).all():
@@ -95,7 +95,9 @@ class BatchedBackend:
         """See Backend."""
         self._states.clear(peer)
 
-    def _make_steps(self, starts: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, NDArray[np.float64]]:
+    def _make_steps(
+        self, starts: Tensor, jobs: Sequence[Job], merge: Merge | None
+    ) -> tuple[Tensor, NDArray[np.float64]]:
         """Where the jobs' peers end, (P, D), and the loss of every step, (S, P), NaN where none was made.
 
         jobs: those with most steps first.
@@ -108,6 +110,11 @@ class BatchedBackend:
         parameters = self._pad(starts.expand(num_peers, -1))
         peers = [job.peer for job in jobs]
         state = self._to_device(self._states.read(peers))
+        if merge is not None:
+            turning = torch.tensor([job.turns for job in jobs], device=self._device)
+            turned = state[turning]
+            self._optimizer.turn_momentum(turned, self._to_device(merge.moved), merge.rate_sum)
+            state[turning] = turned
         losses = np.full((num_steps, num_peers), np.nan)
         bad = np.zeros(num_peers, np.int64)
         for step in range(num_steps):

@@ -1,7 +1,7 @@
 """Inner optimizers for many peers at once: what worker/optimizers.py does, on stacked parameters.
 
 A peer's parameters, gradient and state are one row each, so that everything elementwise is done for all peers and many
-parameters together. Muon's Newton-Schulz iteration (in bfloat16, as torch.optim.Muon has it) is batched over peers.
+parameters together. Muon's Newton-Schulz iteration is batched over peers.
 
 Shape letters: P peers, D parameters, W values of state, M and N a matrix's sides.
 """
@@ -11,20 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from protocol.parameters import ParameterSlot, parameter_layout
 from protocol.run_spec import TrainSpec
 from simulations.learning.problem import Optimizer
+from worker.momentum import MUON_RMS, orthogonalize, turn
 from worker.optimizers import hidden_matrices
 
 _ADAM_EPSILON = 1e-8
 _MUON_MOMENTUM = 0.95
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_NEWTON_SCHULZ_STEPS = 5
-_MUON_EPSILON = 1e-7
-_MUON_RMS = 0.2  # of its update, as AdamW's
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +70,13 @@ class StackedOptimizer:
             update = orthogonalize(gradient.lerp(momentum, _MUON_MOMENTUM).view(shape))
             weights = parameters[:, slot.range]
             weights.mul_(1.0 - rates * self._train.weight_decay)
-            weights.addcmul_(
-                update.reshape(weights.shape), rates * (_MUON_RMS * math.sqrt(max(slot.shape))), value=-1.0
-            )
+            weights.addcmul_(update.reshape(weights.shape), rates * (MUON_RMS * math.sqrt(max(slot.shape))), value=-1.0)
+
+    def turn_momentum(self, state: Tensor, moved: Tensor, rate_sum: float) -> None:
+        """As InnerOptimizer.turn_momentum, for P peers: state (P, W), in place; moved (D,)."""
+        for slot in self._matrices:
+            momenta = state[:, slot.range].view(len(state), *slot.shape)
+            turn(momenta, moved[slot.range].view(slot.shape), rate_sum)
 
     def _step_adamw(
         self,
@@ -94,19 +94,6 @@ class StackedOptimizer:
         second.mul_(beta2).addcmul_(gradients, gradients, value=1.0 - beta2)
         scale = second.sqrt().div_((1.0 - beta2**steps).sqrt_()).add_(_ADAM_EPSILON)
         parameters.addcmul_(first / scale, rates / (1.0 - beta1**steps), value=-1.0)
-
-
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """About U V^T of each float32 matrix (P, M, N), in float32."""
-    a, b, c = _NEWTON_SCHULZ
-    is_tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16()
-    x = x.mT if is_tall else x
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=_MUON_EPSILON)
-    for _ in range(_NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).float()
 
 
 def _join(slots: Sequence[ParameterSlot], weight_decay: float) -> list[_Stretch]:

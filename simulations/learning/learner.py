@@ -26,9 +26,10 @@ from protocol.replica import State, merge_into
 from protocol.signing import sha256_hex
 from simulations.learner import Sent, Work
 from simulations.learning.attacks import ATTACKS, COPIES, check_attack
-from simulations.learning.backend import Backend, Job, Trained, Vector
+from simulations.learning.backend import Backend, Job, Merge, Trained, Vector
 from simulations.learning.problem import Problem
 from simulations.learning.stores import PayloadSpool, PeerVectors
+from worker.optimizers import sum_rates
 
 OWN_SHARE = 0.5  # as worker.contributor
 EVALUATION_BATCH = 64
@@ -53,6 +54,8 @@ class TensorLearner:
         self.num_parameters = self.state.theta.size
         self._residuals = PeerVectors(self.num_parameters)
         self._leads = PeerVectors(self.num_parameters)  # λ of worker.contributor
+        self._trained_from: dict[str, int] = {}  # the round of the state of each peer's last lease
+        self._merge: Merge | None = None  # that made `state`
         self._payloads = PayloadSpool()
         self._waiting: dict[str, Work] = {}
         self._works: dict[str, Work] = {}
@@ -93,9 +96,14 @@ class TensorLearner:
     def close_round(self, closed: CloseRound) -> None:
         """See Learner. Raises VerificationError when the next state would not be finite."""
         self._train_waiting()  # those who have sent nothing have worked all the same, from this state
+        before, self._merge = self.state.theta, None
         if closed.credits:
             merging = self._read_groups(closed) if closed.groups else self._read(closed.credits)
             self.state = merge_into(self.state, merging, closed.divisor, self._outer)
+            if self._problem.optimizer == "muon":
+                tokens = [credit.tokens for credit in closed.credits]
+                rate_sum = sum_rates(tokens, closed.tokens_after, self._problem.spec)
+                self._merge = Merge(moved=before - self.state.theta, rate_sum=rate_sum)
         else:
             self.state = State(self.state.round + 1, self.state.theta, self.state.momentum)
         self.digest = self.state.digest
@@ -108,7 +116,7 @@ class TensorLearner:
 
     def drop(self, peer: str) -> None:
         """See Learner."""
-        for kept in (self._waiting, self._works, self._losses, self._sent):
+        for kept in (self._waiting, self._works, self._losses, self._sent, self._trained_from):
             kept.pop(peer, None)
         self._residuals.clear(peer)
         self._leads.clear(peer)
@@ -168,18 +176,20 @@ class TensorLearner:
                 tokens_before=work.grant.tokens_before,
                 round_tokens=work.grant.round_tokens,
                 lease_tokens=len(work.grant.units) * self._problem.spec.shard_tokens,
+                turns=self._merge is not None and self._trained_from.get(work.grant.peer) == self.state.round - 1,
             )
             for work in works
         ]
+        self._trained_from.update(dict.fromkeys(peers, self.state.round))
         if not any(peer in self._leads or peer in self._residuals for peer in peers):
-            trained = self._backend.train(self.state.theta, jobs)
+            trained = self._backend.train(self.state.theta, jobs, self._merge)
             return trained, trained.pseudo_gradients
         starts = round_start(self.state.theta, residuals, out=np.empty_like(residuals))
         if any(peer in self._leads for peer in peers):
             starts -= self._leads.read(peers)
         for peer in peers:
             self._leads.clear(peer)
-        trained = self._backend.train(starts, jobs)
+        trained = self._backend.train(starts, jobs, self._merge)
         displacements = np.subtract(self.state.theta, starts, out=starts)
         displacements += trained.pseudo_gradients
         return trained, displacements

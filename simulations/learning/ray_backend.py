@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from protocol.errors import ConfigError
-from simulations.learning.backend import Job, Trained, Vector
+from simulations.learning.backend import Job, Merge, Trained, Vector
 from simulations.learning.batched import BatchedBackend
 from simulations.learning.problem import Problem
 
@@ -41,21 +41,20 @@ class RayBackend:
         self._actor_chunk = ray.get(self._actors[0].chunk.remote())
         self.chunk = self._actor_chunk * len(backends)
 
-    def train(self, starts: Vector, jobs: Sequence[Job]) -> Trained:
+    def train(self, starts: Vector, jobs: Sequence[Job], merge: Merge | None = None) -> Trained:
         """See Backend."""
         ray = _import_ray()
         places: list[list[int]] = [[] for _ in self._actors]
         for place, job in enumerate(jobs):
             places[self._actor_of(job.peer)].append(place)
         parts, pending = [], []
-        common = ray.put(starts) if starts.ndim == 1 else None
+        common, common_merge = ray.put(starts) if starts.ndim == 1 else None, ray.put(merge)
         for actor, own in zip(self._actors, places, strict=True):
             for first in range(0, len(own), self._actor_chunk):
                 part = own[first : first + self._actor_chunk]
                 parts.append(part)
-                pending.append(
-                    actor.train.remote(starts[part] if common is None else common, [jobs[place] for place in part])
-                )
+                own_starts = starts[part] if common is None else common
+                pending.append(actor.train.remote(own_starts, [jobs[place] for place in part], common_merge))
         results: list[Trained] = ray.get(pending)
         back = np.argsort(np.concatenate(parts))
         return Trained(
@@ -91,8 +90,8 @@ class _Actor:
     def chunk(self) -> int:
         return self._backend.chunk
 
-    def train(self, starts: Vector, jobs: Sequence[Job]) -> Trained:
-        return self._backend.train(starts, jobs)
+    def train(self, starts: Vector, jobs: Sequence[Job], merge: Merge | None = None) -> Trained:
+        return self._backend.train(starts, jobs, merge)
 
     def forget(self, peer: str) -> None:
         self._backend.forget(peer)

@@ -15,7 +15,7 @@ import torch
 from protocol.errors import DivergedError
 from protocol.parameters import count_parameters
 from protocol.signing import sha256_hex
-from simulations.learning.backend import Job, Trained, Vector
+from simulations.learning.backend import Job, Merge, Trained, Vector
 from simulations.learning.problem import Problem
 from worker.optimizers import InnerOptimizer, build_optimizer
 from worker.tasks import Task
@@ -36,10 +36,11 @@ class SequentialBackend:
         self._folder = tempfile.TemporaryDirectory()
         weakref.finalize(self, self._folder.cleanup)
 
-    def train(self, starts: Vector, jobs: Sequence[Job]) -> Trained:
+    def train(self, starts: Vector, jobs: Sequence[Job], merge: Merge | None = None) -> Trained:
         """See Backend."""
         shape = (len(jobs), count_parameters(self._trainer.model))
-        results = [self._train(start, job) for start, job in zip(np.broadcast_to(starts, shape), jobs, strict=True)]
+        pairs = zip(np.broadcast_to(starts, shape), jobs, strict=True)
+        results = [self._train(start, job, merge if job.turns else None) for start, job in pairs]
         return Trained(
             pseudo_gradients=np.stack([result.pseudo_gradient for result in results]),
             mean_losses=np.array([result.mean_loss for result in results]),
@@ -49,12 +50,14 @@ class SequentialBackend:
         """See Backend."""
         self._path(peer).unlink(missing_ok=True)
 
-    def _train(self, start: Vector, job: Job) -> LeaseResult:
+    def _train(self, start: Vector, job: Job, merge: Merge | None) -> LeaseResult:
         trainer, path = self._trainer, self._path(job.peer)
         trainer.optimizer = self._new_optimizer()
         keeps_state = self._problem.optimizer != "sgd"
         if keeps_state and path.exists():
             trainer.load_optimizer(path)
+        if merge is not None:
+            trainer.optimizer.turn_momentum(merge.moved, merge.rate_sum)
         try:
             result = trainer.run_lease(
                 start,

@@ -53,7 +53,7 @@ class _Block:
 def play_block(world: World, holders: Ints, now_s: float, rounds: int) -> float:
     """Play up to so many rounds from now on. Returns when the next one may open."""
     site, crowd = world.site, world.crowd
-    plan = plan_round(site, crowd, holders)
+    plan = plan_round(site, crowd, holders, world.books.tokens)
     training = train(site, crowd, holders, plan.inner_steps, site.spec.train.tokens - world.books.tokens, world.rng)
     if not len(training.peers):
         return now_s + PAUSE_S

@@ -31,8 +31,8 @@ class Training:
     shard_bytes: float  # that the coordinator sends for it
 
 
-def plan_round(site: Site, crowd: Crowd, holders: Ints) -> ExchangePlan:
-    """As coordinator.core.planning: from the medians of what was measured."""
+def plan_round(site: Site, crowd: Crowd, holders: Ints, tokens: float) -> ExchangePlan:
+    """As coordinator.core.planning: from the medians of what was measured. tokens: of the whole run until now."""
     exchange, inner_steps = site.spec.exchange, site.spec.round.inner_steps
     links = Links(step_s=1.0, upload_bps=None, download_bps=None)
     if exchange.codec == AUTO or inner_steps == AUTO:
@@ -51,6 +51,7 @@ def plan_round(site: Site, crowd: Crowd, holders: Ints) -> ExchangePlan:
         codec=exchange.codec,
         options=exchange.codec_options,
         inner_steps=None if inner_steps == AUTO else inner_steps,
+        progress=tokens / site.spec.train.tokens,
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.processes import RunningCoordinator, RunningWorker, start_coordinator, start_worker, wait_until
 
 LONG: dict[str, Any] = {"round": {"min_peers": 1}, "train": {"tokens": 10_000_000}}
@@ -88,13 +90,16 @@ def test_worker_leaves_the_run_when_its_traffic_is_used_up(tmp_path: Path) -> No
         wait_for(coordinator, ada, lambda peer: peer["status"] != "gone")
 
 
-def test_killed_worker_goes_on_with_what_it_had_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_killed_worker_goes_on_with_what_it_had_done(tmp_path: Path, overlap: bool) -> None:
     home = tmp_path / "ada"
-    with start_coordinator(tmp_path / "run", **LONG) as coordinator:
+    with start_coordinator(tmp_path / "run", **LONG, exchange={"overlap": overlap}) as coordinator:
         with start_worker(coordinator.invite, home) as ada:
             before = wait_for(coordinator, ada, lambda peer: peer["accepted"] > 2)
             ada.process.kill()
             ada.process.wait()
+            (saved,) = home.glob("runs/*/optimizer.safetensors")
+            assert saved.stat().st_size > 0
         with start_worker(coordinator.invite, home) as again:
             after = wait_for(coordinator, again, lambda peer: peer["accepted"] > before["accepted"] + 2)
             assert after["refused"] == 0

@@ -16,6 +16,7 @@ from protocol.replica import State
 from protocol.run_spec import RunSpec
 from protocol.shard_format import encode_shard
 from worker.contributor import Contributor, Trained
+from worker.optimizers import learning_rate_at
 from worker.saved_lease import SavedLease
 from worker.saved_work import SavedWork
 from worker.trainer import StepReport, Trainer
@@ -51,7 +52,7 @@ class Process:
         rng = np.random.default_rng(0)
         shards = [encode_shard(rng.integers(VOCABULARY, size=shape), VOCABULARY) for _ in range(NUM_SHARDS)]
         hashes = [store.put(shard) for shard in shards]
-        trainer = Trainer(SPEC, VOCABULARY, torch.device("cpu"))
+        trainer = self.trainer = Trainer(SPEC, VOCABULARY, torch.device("cpu"))
         self.state = State(7, parameters.flatten(trainer.model))
         self.contributor = Contributor(
             genesis=Genesis(
@@ -96,8 +97,11 @@ class Process:
             codec_options={},
         )
 
-    async def train(self, *, held: Any = None, die_after: int = 0, note: Any = lambda: None) -> Trained:
+    async def train(
+        self, lease: Lease | None = None, *, held: Any = None, die_after: int = 0, note: Any = lambda: None
+    ) -> Trained:
         """The whole lease, or until the process dies."""
+        lease = lease or self.lease
 
         def on_step(step: StepReport) -> None:
             note()
@@ -105,10 +109,8 @@ class Process:
                 raise KeyboardInterrupt
 
         link = cast(Any, SimpleNamespace(fetch_small_blobs=self._has_them))
-        await self.contributor.fetch(self.lease, link)
-        return await self.contributor.train(
-            self.lease, self.state, held=held, should_stop=lambda: False, on_step=on_step
-        )
+        await self.contributor.fetch(lease, link)
+        return await self.contributor.train(lease, self.state, held=held, should_stop=lambda: False, on_step=on_step)
 
     async def _has_them(self, *_: Any) -> None: ...
 
@@ -143,6 +145,22 @@ async def test_work_of_a_round_that_is_over_goes_into_the_error_feedback(tmp_pat
     later.contributor.restore()
     assert later.contributor.held is None  # it is in the other file now, once
     np.testing.assert_array_equal(later.contributor._feedback.state(), displacement)
+
+
+async def test_optimizer_comes_back_as_at_the_leases_end_when_training_went_on_ahead(tmp_path: Path) -> None:
+    first = Process(tmp_path)
+    lease = first.lease.model_copy(update={"shards": first.lease.shards[:2], "ahead": first.lease.shards[2:]})
+    trained = await first.train(lease)
+    at_the_end = first.trainer.optimizer.state(copy=True)
+    await first.contributor.keep(lease, first.state, trained)
+    await first.contributor.go_on(lease, first.state, should_stop=lambda: False, on_step=lambda _: None)
+    await first.contributor.save(7, is_ahead=True)
+    second = Process(tmp_path)  # the first was killed
+    assert second.contributor.restore() == 7
+    found, gone_on = second.trainer.optimizer.state(), first.trainer.optimizer.state()
+    assert found.keys() == at_the_end.keys() != set()
+    assert all(torch.equal(found[name], at_the_end[name]) for name in found)
+    assert not any(torch.equal(found[name], gone_on[name]) for name in found)
 
 
 async def test_lease_begins_where_a_quarter_of_what_was_not_sent_is_kept(tmp_path: Path) -> None:
@@ -191,3 +209,32 @@ async def test_shard_that_was_refused_and_is_leased_again_is_named_once(tmp_path
     process.contributor.carried = (again, other)
     trained = await process.train()
     assert trained.shards == (*process.lease.shards, other)
+
+
+async def test_momentum_is_turned_towards_the_merge_of_what_was_trained_and_towards_no_other(tmp_path: Path) -> None:
+    process = Process(tmp_path)
+    contributor, first = process.contributor, process.state
+    turned: list[tuple[float, float]] = []
+
+    def note(moved: Any, rate_sum: float) -> None:
+        turned.append((float(moved.mean()), rate_sum))
+
+    contributor._trainer.optimizer.turn_momentum = note  # type: ignore[method-assign]
+    merge = SimpleNamespace(
+        round=7,
+        base_digest=first.digest,
+        contributions=(SimpleNamespace(payload_hash=HASH, peer="another", tokens=800),),
+        tokens_after=50_000,
+    )
+    await process.train()
+    contributor.settle(cast(Any, merge))
+    process.state = State(8, first.theta - np.float32(0.25))
+    await process.train()
+    rate = learning_rate_at(50_000 - 400, SPEC)
+    assert turned == [(pytest.approx(0.25, rel=1e-5), pytest.approx(800 / SPEC.step_tokens * rate))]
+    process.state = State(9, first.theta)  # of a merge that this worker was not told of
+    await process.train()
+    contributor.settle(cast(Any, SimpleNamespace(**vars(merge) | {"base_digest": process.state.digest})))
+    process.state = State(11, first.theta)  # two merges later
+    await process.train()
+    assert len(turned) == 1

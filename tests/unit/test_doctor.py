@@ -13,6 +13,7 @@ from protocol.documents import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Invite
 from worker.doctor import machine, outside
 from worker.doctor.checkup import Checkup
 from worker.doctor.findings import Finding, Level, can_compute, render_json
+from worker.governor.preferences import CompileMode
 
 
 def finding(level: Level) -> Finding:
@@ -92,6 +93,24 @@ def test_gpu_needs_attention_when_it_is_there_but_not_used(monkeypatch: pytest.M
     assert "install NVIDIA's driver" in without_driver.advice
     monkeypatch.setattr(machine, "_nvidia_driver", lambda: "570.1")
     assert "torch built for CUDA" in machine.check_gpu(torch.device("cpu")).advice
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "mode", "level", "said"),
+    [
+        ("", "off", Level.OK, "set compile auto"),
+        ("", "auto", Level.OK, "where it pays"),
+        ("there is no C++ compiler (g++)", "off", Level.OK, "no C++ compiler"),
+        ("there is no C++ compiler (g++)", "on", Level.ATTENTION, "no C++ compiler"),
+    ],
+)
+def test_compiling_needs_attention_when_it_is_wanted_and_not_possible(
+    obstacle: str, mode: CompileMode, level: Level, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "find_obstacle", lambda _: obstacle)
+    finding = machine.check_compiling(torch.device("cpu"), mode)
+    assert finding.level is level
+    assert said in finding.text
 
 
 def test_matrix_products_are_timed() -> None:

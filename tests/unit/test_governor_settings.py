@@ -56,6 +56,8 @@ def test_first_setting_writes_the_template_with_one_line_active(tmp_path: Path) 
         ("schedule", '["tue thu 12:00-13:30"]', ("tue thu 12:00-13:30",)),
         ("schedule", "always", ()),
         ("io_priority", "idle", "idle"),
+        ("compile", "on", "on"),
+        ("compile", "off", "off"),
     ],
 )
 def test_what_people_type_is_understood(tmp_path: Path, key: str, text: str, value: object) -> None:
@@ -74,6 +76,7 @@ def test_what_people_type_is_understood(tmp_path: Path, key: str, text: str, val
         ("niceness", "1.5", "niceness = 1.5: it takes a whole number from 0 to 19"),
         ("pause_on_battery", "maybe", "pause_on_battery = 'maybe': it takes true or false"),
         ("io_priority", "fast", "io_priority = 'fast': it takes normal or low or idle"),
+        ("compile", "yes", "compile = 'yes': it takes off or auto or on"),
         ("schedule", "mon-fry", "'mon-fry' is neither a day nor a time"),
         ("schedule", "9:00-9:00", "ends when it begins"),
         ("schedule", "25:00-26:00", "times go from 00:00 to 24:00"),

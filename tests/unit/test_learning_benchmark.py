@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.learning import draw, figures_of
-from benchmarks.learning_arms import RATES, SIZES, Arm, Result, list_arms, make_base, train_arm
+from benchmarks.learning_arms import RATES, SIZES, Arm, Result, list_arms, make_base, run_trial, train_arms
 from benchmarks.learning_runs import Fleet, Outcome, Point, change, load_problem, train_rounds, train_single, with_spec
 from protocol.run_spec import RunSpec
 from simulations.learning.problem import Problem
@@ -99,10 +99,11 @@ def test_bytes_shrink_when_the_link_is_thinner_and_the_exchange_is_automatic(pro
 
 def test_arm_keeps_its_best_rate(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RATES, "adamw", (1e-5, 5e-3))
-    arm = Arm(title="alone", optimizer="adamw", num_workers=1)
-    result = train_arm(arm, [problem, problem], 20)
-    assert result.rate == 5e-3
-    assert len(result.outcomes) == 2
+    arms = {"alone": Arm(title="alone", optimizer="adamw", num_workers=1)}
+    other = change(problem.spec, seed=problem.spec.seed + 1)
+    results = train_arms(arms, [problem.spec, other], 20, lambda trials: map(run_trial, trials))
+    assert results["alone"].rate == 5e-3
+    assert len(set(results["alone"].losses)) == 2
 
 
 def test_every_arm_is_a_valid_run() -> None:

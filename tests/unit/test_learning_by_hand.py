@@ -54,6 +54,28 @@ def problem(tmp_path: Any) -> Iterator[Problem]:
     torch.set_num_threads(before)
 
 
+def newton_schulz(m: Tensor) -> Tensor:
+    o = m / m.norm()
+    for _ in range(5):
+        gram = o @ o.T if len(o) <= len(o.T) else o.T @ o
+        gram = -4.7750 * gram + 2.0315 * gram @ gram
+        o = 3.4445 * o + (gram @ o if len(o) <= len(o.T) else o @ gram)
+    return o
+
+
+class Muon(torch.optim.Muon):
+    """torch's, which takes bfloat16, in float32."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                m.mul_(0.95).add_(p.grad, alpha=0.05)
+                p.mul_(1 - group["lr"] * DECAY)
+                p.sub_(group["lr"] * 0.2 * math.sqrt(max(p.shape)) * newton_schulz(0.05 * p.grad + 0.95 * m))
+
+
 class ByHand:
     """Workers that train in turn, each with its own optimizers and residual e; θ is a flat vector."""
 
@@ -66,6 +88,8 @@ class ByHand:
         self.residuals = [torch.zeros_like(self.theta) for _ in range(NUM_WORKERS)]
         self.optimizers = [self.make_optimizers(optimizer) for _ in range(NUM_WORKERS)]
         self.states: list[Any] = [[o.state_dict() for o in each] for each in self.optimizers]
+        self.moved: Tensor | None = None  # by the last merge
+        self.rate_sum = 0.0
 
     def make_optimizers(self, name: str) -> list[torch.optim.Optimizer]:
         named = dict(self.model.named_parameters())
@@ -77,7 +101,7 @@ class ByHand:
         ]
         made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
         if hidden:
-            made.append(torch.optim.Muon(hidden, weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+            made.append(Muon(hidden, weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
         return made
 
     def put(self, theta: Tensor) -> None:
@@ -99,6 +123,8 @@ class ByHand:
         self.put(start)
         for optimizer, state in zip(self.optimizers[worker], self.states[worker], strict=True):
             optimizer.load_state_dict(state)
+            if self.moved is not None and isinstance(optimizer, Muon):
+                self.turn(optimizer, self.moved)
         for number, rows in enumerate(batches):
             self.model.zero_grad()
             self.loss(rows).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
@@ -115,6 +141,16 @@ class ByHand:
         self.residuals[worker] = residual - torch.from_numpy(decoded)
         return torch.from_numpy(decoded)
 
+    def turn(self, optimizer: Muon, moved: Tensor) -> None:
+        """Replace most of the momentum M = O S, which is orthogonal times symmetric, by what was agreed on times S."""
+        sizes = [p.numel() for p in self.model.parameters()]
+        parts = dict(zip(self.model.parameters(), moved.split(sizes), strict=True))
+        for parameter, state in optimizer.state.items():
+            m, u = state["momentum_buffer"], parts[parameter].view_as(parameter)
+            u = u / (self.rate_sum * 0.2 * math.sqrt(max(u.shape)))
+            o = newton_schulz(m)
+            m.copy_(0.2 * m + 0.8 * (m @ o.T @ u + u @ o.T @ m) / 2)
+
     def play_round(self, works: Sequence[Work], shards: Tensor) -> None:
         sent = [
             self.train(
@@ -127,7 +163,9 @@ class ByHand:
         ]
         weights = [len(work.grant.units) for work in works]
         mean = sum((w * s for w, s in zip(weights, sent, strict=True)), torch.zeros_like(self.theta)) / sum(weights)
-        self.theta = self.theta - mean
+        self.theta, self.moved = self.theta - mean, mean
+        middle = works[0].grant.tokens_before + sum(weights) * BATCH * LENGTH / 2  # a shard is a step here
+        self.rate_sum = sum(w * w for w in weights) / sum(weights) * self.rate(middle)
 
 
 @pytest.mark.parametrize(("optimizer", "codec"), [("muon", "int2"), ("adamw", "sign")])

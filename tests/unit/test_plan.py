@@ -181,6 +181,6 @@ def test_a_partition_keeps_its_peers_out_and_they_come_back() -> None:
 
 
 def test_auto_follows_what_was_measured() -> None:
-    rows = plan_run(make_scenario([HOME], codec="auto", share=0.2)).rounds
+    rows = plan_run(make_scenario([HOME], codec="auto", share=0.1)).rounds
     assert rows[0]["plan"].endswith("no link was measured yet")
     assert rows[-1]["codec"] == "sparse"

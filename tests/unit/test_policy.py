@@ -20,6 +20,7 @@ def plan(
     step_s: float = 0.5,
     codec: str = "auto",
     inner_steps: int | None = None,
+    progress: float = 0.5,
     round_s: float | None = None,
     held_steps: int | None = None,
 ) -> ExchangePlan:
@@ -36,6 +37,7 @@ def plan(
         codec=codec,
         options={},
         inner_steps=inner_steps,
+        progress=progress,
         round_s=round_s,
         held_steps=held_steps,
     )
@@ -79,9 +81,15 @@ def test_given_codec_is_kept_when_only_the_steps_are_auto() -> None:
     assert plan(codec="sign", inner_steps=7).reason == "as run.toml says"
 
 
-def test_middle_of_the_road_is_taken_when_nothing_was_measured() -> None:
+def test_first_round_is_short_when_nothing_was_measured() -> None:
     chosen = plan(up_mbps=None, down_mbps=None)
-    assert (chosen.codec, chosen.inner_steps) == ("int2", 20)
+    assert (chosen.codec, chosen.inner_steps) == ("int2", 5)
+
+
+def test_more_is_exchanged_at_the_beginning_of_a_run() -> None:
+    early, later, end = (plan(num_parameters=1_000_000, progress=progress) for progress in (0.01, 0.1, 0.9))
+    assert later == end
+    assert 2.0 < bytes_of(early) / bytes_of(later) < 3.0
 
 
 def test_reason_names_share_and_link() -> None:

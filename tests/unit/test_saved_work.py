@@ -28,7 +28,7 @@ def trained(seed: int) -> tuple[torch.nn.Module, InnerOptimizer]:
 def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     residual = np.linspace(-1.0, 1.0, 15, dtype=np.float32)
     _, optimizer = trained(0)
-    SavedWork(tmp_path).save(UNLISTED, residual, optimizer)
+    SavedWork(tmp_path).save(UNLISTED, residual, optimizer.state())
     _, other = trained(1)
     found = SavedWork(tmp_path).load(other)
     assert found is not None
@@ -46,7 +46,7 @@ def test_nothing_comes_back_when_nothing_was_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b"", b"not safetensors", None])
 def test_damaged_file_is_refused_by_name(tmp_path: Path, damage: bytes | None) -> None:
     saved = SavedWork(tmp_path)
-    saved.save(UNLISTED, np.zeros(3, np.float32), None)
+    saved.save(UNLISTED, np.zeros(3, np.float32), {})
     path = tmp_path / "work.safetensors"
     path.write_bytes(path.read_bytes()[:-2] if damage is None else damage)
     with pytest.raises(VerificationError, match=r"work\.safetensors"):
@@ -56,5 +56,5 @@ def test_damaged_file_is_refused_by_name(tmp_path: Path, damage: bytes | None) -
 def test_saving_is_due_at_once_and_then_not_more_often_than_its_share_of_the_time(tmp_path: Path) -> None:
     saved = SavedWork(tmp_path)
     assert saved.is_due
-    saved.save(UNLISTED, np.zeros(1 << 20, np.float32), None)
+    saved.save(UNLISTED, np.zeros(1 << 20, np.float32), {})
     assert not saved.is_due

@@ -17,6 +17,7 @@ from worker.background import running_pid
 from worker.device import choose_device
 from worker.doctor import joined, machine, outside
 from worker.doctor.findings import Finding, Level
+from worker.governor.preferences import default_path, load_preferences
 from worker.home import RunHome
 
 JOIN_HINT = "`--join` measures it: it joins for some seconds without taking work"
@@ -45,6 +46,10 @@ class Checkup:
             return None
         self.on_progress("device")
         self.findings += [machine.check_device(device), machine.check_gpu(device)]
+        try:
+            self.findings.append(machine.check_compiling(device, load_preferences(default_path()).compile))
+        except ConfigError as error:
+            self.findings.append(Finding(topic="settings", level=Level.ATTENTION, text=str(error)))
         self.findings += [machine.check_memory(), machine.check_disk(self.home), machine.check_power()]
         return device
 

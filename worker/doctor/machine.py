@@ -13,13 +13,15 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from worker.compiling import find_obstacle
 from worker.device import count_cores, describe_device, synchronize
 from worker.doctor.findings import Finding, Level
+from worker.governor.preferences import CompileMode
 
 SHOWN_PACKAGES = ("torch", "numpy", "hivemind")
 MATMUL_SIZE = 1024
 MATMUL_S = 1.0
-WORKER_BYTES = 650_000_000  # of a worker without its model, libp2p included (benchmarks.worker_start)
+WORKER_BYTES = 550_000_000  # of a worker without its model, libp2p included (benchmarks.worker_start)
 MIN_DISK_BYTES, GOOD_DISK_BYTES = 500_000_000, 6_000_000_000  # a worker keeps at most 4 GiB of blobs
 NVIDIA, AMD = "0x10de", "0x1002"
 
@@ -98,6 +100,23 @@ def check_gpu(device: torch.device) -> Finding:
             topic="gpu", level=Level.ATTENTION, text=text, advice="torch built for ROCm can use many of them"
         )
     return Finding(topic="gpu", level=Level.OK, text="none found; the CPU computes")
+
+
+def check_compiling(device: torch.device, mode: CompileMode) -> Finding:
+    """What becomes of the setting `compile` here. Nothing is compiled."""
+    obstacle = find_obstacle(device)
+    if obstacle:
+        text = f"not possible: {obstacle}"
+        if mode == "off":
+            return Finding(topic="compile", level=Level.OK, text=text)
+        advice = "the model is computed as ever; `manyhands worker set compile off` says so"
+        return Finding(topic="compile", level=Level.ATTENTION, text=text, advice=advice)
+    texts = {
+        "off": "off; `manyhands worker set compile auto` tries where a lease is long whether it pays",
+        "auto": "tried at the start where a lease is long, and taken where it pays; `worker logs` tells",
+        "on": "taken where it works; `worker logs` tells",
+    }
+    return Finding(topic="compile", level=Level.OK, text=texts[mode])
 
 
 def available_bytes() -> int:

@@ -17,6 +17,7 @@ from protocol.run_spec import describe
 from worker.governor.schedule import EXAMPLE, Window, parse_window
 
 IoPriority = Literal["normal", "low", "idle"]
+CompileMode = Literal["off", "auto", "on"]  # see worker.compiling
 Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 Celsius = Annotated[float, Field(ge=0.0, le=150.0)]
 Size = Annotated[float, Field(ge=0.0, le=1e6)]
@@ -50,6 +51,9 @@ class Preferences(BaseModel):
         1.0, description="share of the time that CPU or GPU compute; they rest between inner steps"
     )
     cpu_threads: Annotated[int, Field(ge=0, le=4096)] = Field(0, description="CPU threads to use; 0: one a core")
+    compile: CompileMode = Field(
+        "off", description="compile the model at the start: off, on, or auto: where a lease is long and it pays"
+    )
     niceness: Annotated[int, Field(ge=0, le=19)] = Field(10, description="how far other programs go first")
     io_priority: IoPriority = Field("low", description="how far other programs' disk access goes first")
     upload_mbps: Size = Field(0.0, description="the fastest upload in Mbit/s; 0: no limit")

@@ -28,7 +28,9 @@ from protocol.errors import ConfigError, VerificationError
 from protocol.run_spec import RunSpec
 from protocol.signing import canonical_json
 from worker.device import seeded
+from worker.lean_torch import import_lean
 
+import_lean()  # before the first model
 _MAX_CONFIG_BYTES = 1 << 20
 _LEGACY_ROPE_FIELDS = {"rope_theta", "rope_scaling"}  # still taken where there is `rope_parameters`
 _SET_BY_THE_RUN = {"vocab_size", "dtype", "use_cache"}
