@@ -40,6 +40,7 @@ from protocol.run_spec import RunSpec
 from protocol.shard_format import decode_shard
 from protocol.signing import Signed, sha256_hex
 from protocol.tokenizer import load_tokenizer
+from worker.optimizers import sum_rates
 from worker.trainer import LeaseResult, Trainer
 
 Rows = NDArray[np.int64]
@@ -311,9 +312,12 @@ class _Run:
     def _merge(self, closed: fx.CloseRound) -> None:
         entries = self._ledger.append_round(closed, self._headers, unix_s=self._now_s)
         manifest = open_signed(entries[0].signed, Manifest, signer=self._operator.public_key, run_id=RUN_ID)
-        self._state = apply_manifest(self._state, manifest, self._payloads.__getitem__)
+        before, self._state = self._state, apply_manifest(self._state, manifest, self._payloads.__getitem__)
+        moved = before.theta - self._state.theta
+        rate_sum = sum_rates([entry.tokens for entry in manifest.contributions], manifest.tokens_after, self._spec)
         for entry in manifest.contributions:
             worker = self._workers[entry.peer]
+            worker.trainer.optimizer.turn_momentum(moved, rate_sum)
             worker.feedback.settle(self._payloads[entry.payload_hash])
             worker.upload_bytes += entry.payload_bytes
         self._payloads.clear()

@@ -6,7 +6,7 @@ import textwrap
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from protocol.run_spec import RunSpec, Section
+from protocol.run_spec import AUTO, RunSpec, Section
 
 _HEADER = """\
 # A manyhands run. `manyhands coordinator start run.toml` starts it and prints the invite for volunteers.
@@ -15,10 +15,12 @@ _HEADER = """\
 _COLUMN = 44
 # What most people change first stands without a comment sign.
 _ACTIVE = {"name", "data.source", "train.tokens", "coordinator.listen"}
+# What new runs should have (docs/convergence.md). It is not the default, which serves those who give one of the two.
+_RECOMMENDED = {"exchange.codec": AUTO, "round.inner_steps": AUTO}
 
 
 def render_template() -> str:
-    """A run.toml that parses to the default RunSpec, with every key in it."""
+    """A run.toml with every key in it; but for what is recommended it parses to the default RunSpec."""
     lines = [_HEADER]
     tables = []
     for name, field in RunSpec.model_fields.items():
@@ -50,8 +52,9 @@ def _render_section(name: str, section: type[BaseModel]) -> list[str]:
 
 
 def _render_key(path: str, key: str, value: object, field: FieldInfo) -> str:
+    value = _RECOMMENDED.get(path, value)
     text = f"{key} = {_to_toml(value)}" if value is not None else f'{key} = ""'
-    text = text if path in _ACTIVE else f"# {text}"
+    text = text if path in _ACTIVE | _RECOMMENDED.keys() else f"# {text}"
     return f"{text.ljust(_COLUMN)}  # {field.description}" if field.description else text
 
 

@@ -1,4 +1,4 @@
-"""The commented run.toml is the default RunSpec, and every commented line in it is true."""
+"""The commented run.toml is the default RunSpec but for what is recommended, and every commented line in it is true."""
 
 import tomllib
 
@@ -6,8 +6,11 @@ from protocol.run_spec import RunSpec, parse_run_spec
 from protocol.run_template import render_spec, render_template
 
 
-def test_template_is_the_default_when_it_is_parsed() -> None:
-    assert parse_run_spec(tomllib.loads(render_template())) == RunSpec()
+RECOMMENDED = RunSpec.model_validate({"exchange": {"codec": "auto"}, "round": {"inner_steps": "auto"}})
+
+
+def test_template_is_the_default_and_what_is_recommended_when_it_is_parsed() -> None:
+    assert parse_run_spec(tomllib.loads(render_template())) == RECOMMENDED
 
 
 def test_template_is_the_default_when_every_key_is_uncommented() -> None:
@@ -16,7 +19,7 @@ def test_template_is_the_default_when_every_key_is_uncommented() -> None:
         bare = line.removeprefix("# ")
         is_key = line.startswith("# ") and bare.split(" = ")[0].isidentifier() and '= ""' not in bare
         lines.append(bare if is_key else line)
-    assert parse_run_spec(tomllib.loads("\n".join(lines))) == RunSpec()
+    assert parse_run_spec(tomllib.loads("\n".join(lines))) == RECOMMENDED
 
 
 def test_spec_survives_when_it_is_written_and_read() -> None:
