@@ -11,11 +11,11 @@ worker with its S steps; all others train four times the tokens. *Synchronous* a
 - SparseLoCo (arXiv:2508.15706): AdamW, the largest 1/64 with error feedback of decay 0.95, outer SGD 1.0, H = 30.
 - MuLoCo (arXiv:2505.23725): Muon, 2 bits with error feedback, H = 30, outer Nesterov 0.7 with the momentum that suits
   runs this short, 0.5.
-- ours: Muon, outer Nesterov 0.7/0.5 (the default), codec and H by `auto`.
+- ours: Muon, the plain average as outer step, codec and H by `auto`: what `manyhands init` writes.
 
 Every arm takes the best learning rate of one grid, by the first seed. Further rows are `auto` at 20 Mbit/s with
-workers of 100, 60, 30 and 10 % speed, and with overlap, at the same tokens; and what alone and synchronous reach in the
-virtual time of `auto` at 20 Mbit/s. The JSON has the means over seeds, sizes and texts, and each of them by its name.
+workers of 100, 60, 30 and 10 % speed, and with overlap, at the same tokens; and what alone reaches in the virtual time of
+each `auto`, and synchronous in that of `auto` at 20 Mbit/s. The JSON has the means over seeds, sizes and texts, and each of them by its name.
 """
 
 import argparse
@@ -68,6 +68,9 @@ def figures_of(results: Mapping[str, Result]) -> dict[str, Figure]:
         "overlap_cost": results["overlap"].loss / ours.loss - 1.0,
         "uneven_cost": results["uneven"].loss / ours.loss - 1.0,
         "worst_auto_vs_alone": max(results[f"auto_{mbps}"].loss for mbps in UPLOADS_MBPS) / results["alone_muon"].loss,
+        "worst_auto_vs_alone_in_time": max(
+            results[f"auto_{mbps}"].loss / results[f"alone_muon_in_time_{mbps}"].loss for mbps in UPLOADS_MBPS
+        ),
         **{
             f"gap_recovered_muon_{mbps}": (results["alone_muon"].loss - results[f"auto_{mbps}"].loss) / gap
             for mbps in UPLOADS_MBPS
@@ -82,9 +85,9 @@ def describe_row(name: str, result: Result, arms: Mapping[str, Arm]) -> tuple[st
     titles = {
         "uneven": "ours at 20, speeds 100/60/30/10 %",
         "overlap": "ours at 20, overlap",
-        "alone_muon_in_time": "alone, Muon, in the time of ours",
-        "sync_adamw_in_time": "synchronous, AdamW, in that time",
-        "sync_muon_in_time": "synchronous, Muon, in that time",
+        f"sync_adamw_in_time_{MIDDLE_MBPS}": f"synchronous, AdamW, in the time of ours at {MIDDLE_MBPS}",
+        f"sync_muon_in_time_{MIDDLE_MBPS}": f"synchronous, Muon, in the time of ours at {MIDDLE_MBPS}",
+        **{f"alone_muon_in_time_{mbps}": f"alone, Muon, in the time of ours at {mbps}" for mbps in UPLOADS_MBPS},
     }
     spread = f" ± {statistics.stdev(result.losses):.3f}" if len(result.losses) > 1 else ""
     return (

@@ -93,7 +93,7 @@ def list_arms(num_steps: int) -> dict[str, Arm]:
         rounds = _in_rounds("float32", LONG_STEPS, _nesterov(0.9))
         arms["diloco_500"] = Arm(title="DiLoCo, H 500", optimizer="adamw", rounds=rounds)
     for mbps in UPLOADS_MBPS:
-        rounds = _in_rounds(AUTO, AUTO, _nesterov(0.5))
+        rounds = _in_rounds(AUTO, AUTO, {"optimizer": "average", "learning_rate": 1.0, "momentum": 0.0})
         arms[f"auto_{mbps}"] = Arm(title=f"ours, auto, {mbps} Mbit/s", optimizer="muon", rounds=rounds, mbps=mbps)
     return arms
 
@@ -160,9 +160,13 @@ def train_all(bases: Sequence[RunSpec], num_steps: int, run_all: Runner) -> dict
     if middle.rounds is not None:
         arm = replace(middle, rounds=middle.rounds | {"exchange": {"codec": AUTO, "overlap": True}})
         more["overlap"] = Trial(arm=arm, base=bases[0], rate=ours.rate, num_steps=num_steps)
-    for name in ("alone_muon", "sync_adamw", "sync_muon"):
-        steps = max(1, round(ours.seconds / (results[name].seconds / num_steps)))
-        more[f"{name}_in_time"] = Trial(arm=arms[name], base=bases[0], rate=results[name].rate, num_steps=steps)
+    in_time = [("alone_muon", mbps) for mbps in UPLOADS_MBPS] + [
+        (name, MIDDLE_MBPS) for name in ("sync_adamw", "sync_muon")
+    ]
+    for name, mbps in in_time:
+        steps = max(1, round(results[f"auto_{mbps}"].seconds / (results[name].seconds / num_steps)))
+        trial = Trial(arm=arms[name], base=bases[0], rate=results[name].rate, num_steps=steps)
+        more[f"{name}_in_time_{mbps}"] = trial
     outcomes = iter(run_all([replace(trial, base=base) for trial in more.values() for base in bases]))
     for name, trial in more.items():
         results[name] = Result(outcomes=tuple(next(outcomes) for _ in bases), rate=trial.rate)

@@ -21,6 +21,8 @@ MAX_INNER_STEPS = 100_000
 # A run learns most at its beginning, and there rounds that are shorter or more precise gain most for their bytes: in
 # this part of its tokens exchange may take so many times the wanted share (docs/convergence.md).
 EARLY_PART, EARLY_SHARES = 0.08, 2.0
+# A short run is worth at least so many rounds, while its exchange takes no more than this share of them.
+LEAST_ROUNDS, MOST_SHARE = 20, 0.25
 FIRST_STEPS = 5  # before any link was measured: a round that is soon over, and measures them
 # The steps that follow from a round's time stay as they were while they are so near: speeds are never quite the same.
 HELD_WITHIN = 0.1
@@ -90,15 +92,17 @@ def plan_exchange(
     options: Mapping[str, int | float],
     inner_steps: int | None,
     progress: float,
+    run_steps: float,
     round_s: float | None = None,
     held_steps: int | None = None,
 ) -> ExchangePlan:
     """The exchange of the next round. `codec` and `inner_steps` may be given; "auto" and None are chosen here.
 
-    share: the part of a round that exchange may take, 0 to 1; more at the beginning of a run. progress: the part of the
-    run's tokens that was trained, 0 to 1. Before any link was measured int2 and few steps are taken. round_s: seconds
-    that a round should take; then the steps follow from it, and `inner_steps` does not count. held_steps: those of the
-    round before, for the same time.
+    share: the part of a round that exchange may take, 0 to 1; more at the beginning of a run, and in short ones.
+    progress: the part of the run's tokens that was trained, 0 to 1. run_steps: inner steps that one worker makes in the
+    whole run. Before any link was measured int2 and few steps are taken. round_s: seconds that a round should take;
+    then the steps follow from it, and `inner_steps` does not count. held_steps: those of the round before, for the
+    same time.
     """
     choices = CHOICES if codec == AUTO else (_given(codec, options),)
     if round_s is not None:
@@ -117,15 +121,25 @@ def plan_exchange(
         )
     if progress < EARLY_PART:
         share = min(0.5, EARLY_SHARES * share)
-    best = min(
-        ((choice, h, penalty) for choice in choices for h, penalty in steps),
-        key=lambda c: (
-            max(0.0, _share(c[0], c[1], num_parameters, contributors, links) - share),
-            c[0].penalty + c[2],
-            c[0].bytes_per_parameter,
-        ),
-    )
-    return _explain(best[0], best[1], num_parameters, contributors, links, share)
+
+    def choose(steps: Sequence[tuple[int, float]], share: float) -> ExchangePlan:
+        best = min(
+            ((choice, h, penalty) for choice in choices for h, penalty in steps),
+            key=lambda c: (
+                max(0.0, _share(c[0], c[1], num_parameters, contributors, links) - share),
+                c[0].penalty + c[2],
+                c[0].bytes_per_parameter,
+            ),
+        )
+        return _explain(best[0], best[1], num_parameters, contributors, links, share)
+
+    plan = choose(steps, share)
+    most_steps = run_steps / LEAST_ROUNDS
+    if inner_steps is not None or plan.inner_steps <= most_steps:
+        return plan
+    longest = max((step for step in steps if step[0] <= most_steps), default=steps[0])
+    plan = choose([longest], max(share, MOST_SHARE))
+    return replace(plan, reason=f"a short run, so more than {share:.0%}: {plan.reason}")
 
 
 @cache

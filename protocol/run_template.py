@@ -15,8 +15,14 @@ _HEADER = """\
 _COLUMN = 44
 # What most people change first stands without a comment sign.
 _ACTIVE = {"name", "data.source", "train.tokens", "coordinator.listen"}
-# What new runs should have (docs/convergence.md). It is not the default, which serves those who give one of the two.
-_RECOMMENDED = {"exchange.codec": AUTO, "round.inner_steps": AUTO}
+# What new runs should have (docs/convergence.md). They are not the defaults, with which other runs were made.
+_RECOMMENDED: dict[str, object] = {
+    "exchange.codec": AUTO,
+    "round.inner_steps": AUTO,
+    "outer.optimizer": "average",
+    "outer.learning_rate": 1.0,
+    "outer.momentum": 0.0,
+}
 
 
 def render_template() -> str:

@@ -11,6 +11,7 @@ from protocol.signing import sha256_hex
 def plan_round(state: State, workers: Collection[str]) -> ExchangePlan:
     """Codec and inner steps for a round of these workers, of which there must be one (protocol.policy)."""
     exchange, inner_steps, before = state.spec.exchange, state.spec.round.inner_steps, state.plan
+    tokens = state.spec.train.tokens
     return plan_exchange(
         num_parameters=state.num_parameters,
         contributors=min(len(workers), exchange.max_contributors),
@@ -19,7 +20,8 @@ def plan_round(state: State, workers: Collection[str]) -> ExchangePlan:
         codec=exchange.codec,
         options=exchange.codec_options,
         inner_steps=None if inner_steps == AUTO else inner_steps,
-        progress=state.tokens_credited / state.spec.train.tokens,
+        progress=state.tokens_credited / tokens,
+        run_steps=tokens / (state.spec.step_tokens * len(workers)),
         round_s=state.round_time_s,
         held_steps=before.inner_steps if before and before.round_s == state.round_time_s else None,
     )

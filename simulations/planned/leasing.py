@@ -52,6 +52,7 @@ def plan_round(site: Site, crowd: Crowd, holders: Ints, tokens: float) -> Exchan
         options=exchange.codec_options,
         inner_steps=None if inner_steps == AUTO else inner_steps,
         progress=tokens / site.spec.train.tokens,
+        run_steps=site.spec.train.tokens / (site.spec.step_tokens * len(holders)),
     )
 
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from benchmarks.learning import draw, figures_of
-from benchmarks.learning_arms import RATES, SIZES, Arm, Result, list_arms, make_base, run_trial, train_arms
+from benchmarks.learning_arms import (
+    RATES,
+    SIZES,
+    UPLOADS_MBPS,
+    Arm,
+    Result,
+    list_arms,
+    make_base,
+    run_trial,
+    train_arms,
+)
 from benchmarks.learning_runs import Fleet, Outcome, Point, change, load_problem, train_rounds, train_single, with_spec
 from protocol.run_spec import RunSpec
 from simulations.learning.problem import Problem
@@ -115,7 +125,7 @@ def test_every_arm_is_a_valid_run() -> None:
 
 
 def make_results() -> dict[str, Result]:
-    names = [*list_arms(100), "uneven", "overlap"]
+    names = [*list_arms(100), "uneven", "overlap", *(f"alone_muon_in_time_{mbps}" for mbps in UPLOADS_MBPS)]
     losses = dict.fromkeys(names, 2.0) | {"alone_muon": 3.0, "sync_adamw": 2.5, "diloco": 4.0, "overlap": 2.1}
     return {
         name: Result(

@@ -6,7 +6,9 @@ from protocol.run_spec import RunSpec, parse_run_spec
 from protocol.run_template import render_spec, render_template
 
 
-RECOMMENDED = RunSpec.model_validate({"exchange": {"codec": "auto"}, "round": {"inner_steps": "auto"}})
+RECOMMENDED = RunSpec.model_validate(
+    {"exchange": {"codec": "auto"}, "round": {"inner_steps": "auto"}, "outer": {"optimizer": "average"}}
+)
 
 
 def test_template_is_the_default_and_what_is_recommended_when_it_is_parsed() -> None:
