@@ -14,8 +14,9 @@ worker with its S steps; all others train four times the tokens. *Synchronous* a
 - ours: Muon, the plain average as outer step, codec and H by `auto`: what `manyhands init` writes.
 
 Every arm takes the best learning rate of one grid, by the first seed. Further rows are `auto` at 20 Mbit/s with
-workers of 100, 60, 30 and 10 % speed, and with overlap, at the same tokens; and what alone reaches in the virtual time of
-each `auto`, and synchronous in that of `auto` at 20 Mbit/s. The JSON has the means over seeds, sizes and texts, and each of them by its name.
+workers of 100, 60, 30 and 10 % speed, and with overlap, at the same tokens; and what alone reaches in the virtual time
+of each `auto`, and synchronous in that of `auto` at 20 Mbit/s. The JSON has the means over seeds, sizes and texts, and
+each of them by its name.
 """
 
 import argparse

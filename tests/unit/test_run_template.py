@@ -5,7 +5,6 @@ import tomllib
 from protocol.run_spec import RunSpec, parse_run_spec
 from protocol.run_template import render_spec, render_template
 
-
 RECOMMENDED = RunSpec.model_validate(
     {"exchange": {"codec": "auto"}, "round": {"inner_steps": "auto"}, "outer": {"optimizer": "average"}}
 )
