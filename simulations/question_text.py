@@ -80,6 +80,7 @@ One million joined:
 ## What is not known
 - Whether hundreds of workers with few bits and tens of inner steps learn as the penalties say: the largest run here had
   eight. The critical batch size is known for synchronous steps, not for local ones.
+  The fit's coefficient (22.9) was not compared with the paper's own text.
 - What the formula leaves out: activations (memory), heat and batteries, people who stop when they notice, attackers and
   the redundancy against them, who pays for the seeds, where the text comes from, and whether its tokens may be shown
   twice.
