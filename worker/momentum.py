@@ -24,8 +24,10 @@ _EPSILON = 1e-7
 def turn(momenta: Tensor, moved: Tensor, rate_sum: float) -> None:
     """Turn float32 momenta (P, M, N), in place, after a merge of rounds with `rate_sum`.
 
-    moved: float32 (M, N), the weights before the merge minus those after it.
+    moved: float32 (M, N), the weights before the merge minus those after it. Steps at a rate of zero say nothing.
     """
+    if rate_sum <= 0.0:
+        return
     agreed = (moved / (rate_sum * MUON_RMS * math.sqrt(max(moved.shape)))).expand_as(momenta)
     own = orthogonalize(momenta)
     turned = _combine(momenta, own, agreed) + _combine(agreed, own, momenta)

@@ -64,6 +64,12 @@ def test_momentum_shrinks_where_the_merge_has_hardly_moved() -> None:
     torch.testing.assert_close(turned, (1 - TURNED_SHARE) * momentum)
 
 
+def test_momentum_stays_when_the_steps_had_no_learning_rate() -> None:
+    turned = momenta((8, 8))
+    turn(turned, torch.ones(8, 8), rate_sum=0.0)
+    torch.testing.assert_close(turned, momenta((8, 8)))
+
+
 def test_rates_are_those_of_the_mean_worker_as_it_is_weighed() -> None:
     spec = RunSpec.model_validate({"train": {"tokens": 1_000_000, "warmup_fraction": 0.0}})
     step = spec.step_tokens
