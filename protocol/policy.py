@@ -120,26 +120,31 @@ def plan_exchange(
             reason="no link was measured yet",
         )
     if progress < EARLY_PART:
-        share = min(0.5, EARLY_SHARES * share)
-
-    def choose(steps: Sequence[tuple[int, float]], share: float) -> ExchangePlan:
-        best = min(
-            ((choice, h, penalty) for choice in choices for h, penalty in steps),
-            key=lambda c: (
-                max(0.0, _share(c[0], c[1], num_parameters, contributors, links) - share),
-                c[0].penalty + c[2],
-                c[0].bytes_per_parameter,
-            ),
-        )
-        return _explain(best[0], best[1], num_parameters, contributors, links, share)
-
-    plan = choose(steps, share)
-    most_steps = run_steps / LEAST_ROUNDS
+        share = min(1.0, EARLY_SHARES * share)
+    candidates = [(choice, h, penalty) for choice in choices for h, penalty in steps]
+    plan = _choose(candidates, num_parameters, contributors, links, share)
+    most_steps = max(run_steps / LEAST_ROUNDS, STEPS_PENALTY[0][0])
     if inner_steps is not None or plan.inner_steps <= most_steps:
         return plan
-    longest = max((step for step in steps if step[0] <= most_steps), default=steps[0])
-    plan = choose([longest], max(share, MOST_SHARE))
-    return replace(plan, reason=f"a short run, so more than {share:.0%}: {plan.reason}")
+    longest = max(h for h, _ in steps if h <= most_steps)
+    candidates = [candidate for candidate in candidates if candidate[1] == longest]
+    limit = max(share, MOST_SHARE)
+    plan = _choose(candidates, num_parameters, contributors, links, limit)
+    return replace(plan, reason=f"a short run, in which exchange may take {limit:.0%}: {plan.reason}")
+
+
+def _choose(
+    candidates: Sequence[tuple[Choice, int, float]], num_parameters: int, contributors: int, links: Links, share: float
+) -> ExchangePlan:
+    """The best of codecs with inner steps and what these cost in loss: the least loss among those within the share."""
+
+    def rank(candidate: tuple[Choice, int, float]) -> tuple[float, float, float]:
+        choice, inner_steps, penalty = candidate
+        excess = max(0.0, _share(choice, inner_steps, num_parameters, contributors, links) - share)
+        return excess, choice.penalty + penalty, choice.bytes_per_parameter
+
+    choice, inner_steps, _ = min(candidates, key=rank)
+    return _explain(choice, inner_steps, num_parameters, contributors, links, share)
 
 
 @cache
@@ -168,19 +173,11 @@ def _plan_for_time(
     held_steps: int | None,
 ) -> ExchangePlan:
     """The codec that learns best among those that fit, and the steps that are left beside its exchange."""
-    fitting = [
-        (choice, _steps_within(round_s - exchange_s(choice, num_parameters, contributors, links), links, held_steps))
-        for choice in (choices if links.upload_bps is not None else (_middle(choices),))
-    ]
-    choice, steps = min(
-        fitting,
-        key=lambda c: (
-            max(0.0, _share(c[0], c[1], num_parameters, contributors, links) - share),
-            c[0].penalty,
-            c[0].bytes_per_parameter,
-        ),
-    )
-    return _explain(choice, steps, num_parameters, contributors, links, share)
+    fitting = []
+    for choice in choices if links.upload_bps is not None else (_middle(choices),):
+        compute_s = round_s - exchange_s(choice, num_parameters, contributors, links)
+        fitting.append((choice, _steps_within(compute_s, links, held_steps), 0.0))
+    return _choose(fitting, num_parameters, contributors, links, share)
 
 
 def _steps_within(compute_s: float, links: Links, held_steps: int | None) -> int:

@@ -22,6 +22,7 @@ def plan(
     inner_steps: int | None = None,
     progress: float = 0.5,
     run_steps: float = 1e6,
+    share: float = 0.05,
     round_s: float | None = None,
     held_steps: int | None = None,
 ) -> ExchangePlan:
@@ -34,7 +35,7 @@ def plan(
         num_parameters=num_parameters,
         contributors=contributors,
         links=links,
-        share=0.05,
+        share=share,
         codec=codec,
         options={},
         inner_steps=inner_steps,
@@ -95,7 +96,7 @@ def test_short_run_has_rounds_enough_while_they_are_not_mostly_exchange() -> Non
     )
     assert long.inner_steps > 40
     assert (short.codec, short.inner_steps) == ("sign", 15)
-    assert short.reason.startswith("a short run, so more than 5%: sign, 15 inner steps")
+    assert short.reason.startswith("a short run, in which exchange may take 25%: sign, 15 inner steps")
     assert hopeless.codec == "sparse"
     assert "more than the 25% wanted" in hopeless.reason
 
@@ -104,6 +105,11 @@ def test_more_is_exchanged_at_the_beginning_of_a_run() -> None:
     early, later, end = (plan(progress=progress) for progress in (0.01, 0.1, 0.9))
     assert later == end
     assert 1.8 < bytes_of(early) / bytes_of(later) < 2.5
+
+
+def test_wide_share_is_not_narrowed_at_the_beginning() -> None:
+    early, later = (plan(progress=progress, share=0.9) for progress in (0.01, 0.5))
+    assert bytes_of(early) >= bytes_of(later)
 
 
 def test_reason_names_share_and_link() -> None:
