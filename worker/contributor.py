@@ -289,6 +289,8 @@ class Contributor:
 
     def _turn_momentum(self, state: State) -> None:
         """Turn the inner optimizer's momentum towards the merge that made `state` of what was trained from last."""
+        if self._genesis.spec.train.optimizer != "muon":
+            return  # nothing to turn, and no older state to hold
         base, self._base = self._base, state
         merge = self._merge
         if base is None or merge is None or not merge.contributions:

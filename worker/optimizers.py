@@ -212,8 +212,10 @@ def learning_rate_at(tokens: float, spec: RunSpec) -> float:
 def sum_rates(credited_tokens: Sequence[int], tokens_after: int, spec: RunSpec) -> float:
     """The learning rates of a round's steps, added up, for the mean worker as the merge weighs it: by its tokens.
 
-    credited_tokens: of each contribution; tokens_after: of the whole run, this round's included.
+    credited_tokens: of each contribution; tokens_after: of the whole run, this round's included. 0 for no tokens.
     """
     total = sum(credited_tokens)
+    if total == 0:
+        return 0.0
     steps = sum(tokens * tokens for tokens in credited_tokens) / (total * spec.step_tokens)
     return steps * learning_rate_at(tokens_after - total / 2, spec)

@@ -211,7 +211,11 @@ async def test_shard_that_was_refused_and_is_leased_again_is_named_once(tmp_path
     assert trained.shards == (*process.lease.shards, other)
 
 
-async def test_momentum_is_turned_towards_the_merge_of_what_was_trained_and_towards_no_other(tmp_path: Path) -> None:
+async def test_momentum_is_turned_towards_the_merge_of_what_was_trained_and_towards_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = SPEC.train.model_copy(update={"optimizer": "muon"})
+    monkeypatch.setitem(globals(), "SPEC", SPEC.model_copy(update={"train": train}))
     process = Process(tmp_path)
     contributor, first = process.contributor, process.state
     turned: list[tuple[float, float]] = []

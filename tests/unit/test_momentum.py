@@ -76,6 +76,7 @@ def test_rates_are_those_of_the_mean_worker_as_it_is_weighed() -> None:
     rate = learning_rate_at(500_000 - 15 * step, spec)
     assert sum_rates([10 * step] * 3, 500_000, spec) == pytest.approx(10 * rate)
     assert sum_rates([20 * step, 10 * step], 500_000, spec) == pytest.approx((400 + 100) / 30 * rate)
+    assert sum_rates([0], 500_000, spec) == 0.0  # what a manifest names is the coordinator's word
 
 
 def test_worker_and_simulator_turn_alike_and_nothing_but_muons_momentum() -> None:
