@@ -53,10 +53,6 @@ class Receipts:
         """What all receipts came to, those that are no longer kept among them."""
         return _add(_add(self._read_total(), self._older), self._newest)
 
-    def read(self) -> list[Receipt]:
-        """The receipts that are kept, oldest first. What a crash cut short is left out."""
-        return [*_read(self._older), *_read(self._newest)]
-
     def _rotate(self) -> None:
         """Drop the older half. The total is written first: after a crash here nothing is counted twice, by `last_seq`.
 
@@ -84,6 +80,7 @@ def _add(credit: Credit, path: Path) -> Credit:
 
 
 def _read(path: Path) -> Iterator[Receipt]:
+    """What a crash cut short is left out."""
     if not path.exists():
         return
     with path.open() as file:

@@ -1,5 +1,6 @@
 """A worker's receipts take little room, and what they come to is never lost."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,6 @@ def total_of(num_receipts: int) -> Credit:
 
 def test_nothing_is_credited_before_the_first_receipt(tmp_path: Path) -> None:
     assert Receipts(tmp_path).credit() == Credit()
-    assert Receipts(tmp_path).read() == []
 
 
 def test_files_stay_small_and_the_sum_stays_whole(tmp_path: Path) -> None:
@@ -52,7 +52,8 @@ def test_files_stay_small_and_the_sum_stays_whole(tmp_path: Path) -> None:
     receipts = Receipts(tmp_path, 4000)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 12_000
     assert receipts.credit() == total_of(100)
-    kept = [receipt.seq for receipt in receipts.read()]
+    lines = "".join((tmp_path / name).read_text() for name in ("receipts.1.jsonl", "receipts.jsonl")).splitlines()
+    kept = [json.loads(json.loads(line)["body"])["seq"] for line in lines]
     assert kept == list(range(kept[0], 100))  # the newest, without a gap
     assert 0 < kept[0] < 99
 
