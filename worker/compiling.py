@@ -68,7 +68,11 @@ def choose_loss(
     """
     if mode == "off":
         return None
-    why_not = find_obstacle(device) or _too_short(mode, loss, model, batch, device, dtype, lease_passes)
+    why_not = find_obstacle(device)
+    if mode == "auto" and not why_not:
+        time_pass(loss, model, batch, device, dtype)  # the first one takes longer
+        lease_s = lease_passes * time_pass(loss, model, batch, device, dtype)
+        why_not = f"a lease takes {lease_s:.0f} s, too short to pay for compiling" if lease_s < TRIED_FROM_S else ""
     trial = Trial(problem=why_not) if why_not else try_compiling(loss, model, batch, device, dtype)
     saved_s = lease_passes * (trial.plain_s - trial.compiled_s)
     pays = trial.compiled is not None and (mode == "on" or saved_s > trial.compile_s)
@@ -107,20 +111,3 @@ def describe_failure(error: Exception) -> str:
     """The first line of what a compiler raised, whose texts run over pages."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]
-
-
-def _too_short(
-    mode: CompileMode,
-    loss: Loss,
-    model: nn.Module,
-    batch: Tensor,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    lease_passes: int,
-) -> str:
-    """Why `auto` does not even try; empty when it does."""
-    if mode == "on":
-        return ""
-    time_pass(loss, model, batch, device, dtype)  # the first one takes longer
-    lease_s = lease_passes * time_pass(loss, model, batch, device, dtype)
-    return f"a lease takes {lease_s:.0f} s, too short to pay for compiling" if lease_s < TRIED_FROM_S else ""
