@@ -96,7 +96,9 @@ def test_childs_own_error_and_exit_code_come_back_when_it_cannot_join(tmp_path: 
 def test_following_the_log_ends_tidily_when_interrupted(coordinator: RunningCoordinator, home: Path) -> None:
     assert detach(coordinator, home, "ada").returncode == 0
     command = [sys.executable, "-m", "manyhands", "worker", "logs", "-f", "--home", str(home)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is inherited, ignored in a background job
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as following:
+        signal.signal(signal.SIGINT, before)
         assert following.stdout is not None
         assert following.stderr is not None
         assert "joined" in following.stdout.readline()
