@@ -17,7 +17,6 @@ with flwr[simulation] and pfl[pytorch]; without them only ours is measured.
 
 import argparse
 import json
-import math
 import os
 import resource
 import statistics
@@ -27,18 +26,13 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.figures import Figure, write_figures
 
-if TYPE_CHECKING:
-    from simulations.learning.learner import TensorLearner
-    from simulations.learning.problem import Problem
-
-SEED = 1234  # of the baselines
 REPEATS = 3
 STEADY_S = 4.0  # ours goes on beyond the job until then: all of its rounds together take half a second
 TOLERANCE = 1e-4
@@ -63,198 +57,7 @@ SCALE_SPEC: dict[str, Any] = {
 }
 
 
-# ---- the jobs, as the baselines define them
-
-
-def mlp_problem() -> tuple["Problem", list[list[int]], int]:
-    """The problem, who trains in each round, and examples a client."""
-    import numpy as np
-
-    from simulations.learning import digits
-    from simulations.learning.problem import Problem, TrainingData
-
-    with np.load(Path(digits.__file__).parent / "digits.npz") as archive:
-        rows = np.column_stack((archive["pixels"], archive["labels"])).astype(np.int32)
-    rng = np.random.default_rng(SEED)
-    order = rng.permutation(len(rows))
-    held_out, training = order[: digits.HELD_OUT], order[digits.HELD_OUT :]
-    shards = rows[rng.choice(training, size=(1000, 50))]
-    data = TrainingData(vocabulary_size=digits.WHITE + 1, shards=shards, held_out=rows[held_out])
-    spec = _spec(batch_sequences=10, sequence_length=64, learning_rate=0.1)
-    return Problem(spec=spec, task=digits.Digits(), data=data, optimizer="sgd"), _schedule(1000, 100, 20), 50
-
-
-def char_problem() -> tuple["Problem", list[list[int]], int]:
-    """The problem, who trains in each round, and examples a client."""
-    import numpy as np
-
-    from simulations.learning.problem import Problem, TrainingData
-
-    clients, vocabulary = 64, 128
-    successors = np.random.default_rng(SEED).integers(0, vocabulary, size=(vocabulary, 4))
-    texts = [_chain(client, 20 if client < clients else 64, successors) for client in range(clients + 1)]
-    data = TrainingData(vocabulary_size=vocabulary, shards=np.stack(texts[:-1]), held_out=texts[-1])
-    spec = _spec(batch_sequences=4, sequence_length=64, learning_rate=0.5)
-    return Problem(spec=spec, task=_char_task(), data=data, optimizer="sgd"), _schedule(clients, clients, 5), 20
-
-
-def _chain(client: int, count: int, successors: Any) -> Any:
-    """int32 (count, 65): characters, each mostly one of the four successors of the last, with a client's own habits."""
-    import numpy as np
-
-    rng = np.random.default_rng([SEED, client])
-    habits = rng.dirichlet([2.0] * 4)
-    rows = np.empty((count, 65), np.int64)
-    rows[:, 0] = rng.integers(0, len(successors), count)
-    for place in range(64):
-        choice = rng.choice(4, size=count, p=habits)
-        follows = rng.random(count) < 0.95
-        rows[:, place + 1] = np.where(
-            follows, successors[rows[:, place], choice], rng.integers(0, len(successors), count)
-        )
-    return rows.astype(np.int32)
-
-
-def _char_task() -> Any:
-    import torch
-    from torch import Tensor, nn
-    from torch.nn import functional as F
-
-    class Block(nn.Module):
-        def __init__(self, width: int, heads: int) -> None:
-            super().__init__()
-            self.heads = heads
-            self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
-            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            rows, length, width = x.shape
-            split = (rows, length, self.heads, width // self.heads)
-            q, k, v = (part.reshape(split).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(width, dim=-1))
-            scores = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(width // self.heads)) + mask
-            x = x + self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
-            return x + self.down(F.gelu(self.up(self.ln2(x))))
-
-    class CharTransformer(nn.Module):
-        def __init__(self, vocabulary: int, length: int = 64, width: int = 64) -> None:
-            super().__init__()
-            self.tok, self.pos = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-            self.blocks = nn.ModuleList([Block(width, 4) for _ in range(2)])
-            self.lnf, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-            self.register_buffer("mask", torch.full((length, length), -math.inf).triu(1), persistent=False)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            x = self.tok(ids) + self.pos.weight
-            for block in self.blocks:
-                x = block(x, self.mask)
-            return self.head(self.lnf(x))
-
-    class CharTask:
-        def build_model(self, spec: Any, vocabulary_size: int, seed: int) -> nn.Module:
-            torch.manual_seed(seed)
-            return CharTransformer(vocabulary_size)
-
-        def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
-            return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-
-    return CharTask()
-
-
-def _spec(*, batch_sequences: int, sequence_length: int, learning_rate: float) -> Any:
-    """FedAvg: a constant rate, no clipping that bites, the plain mean of what was trained in five steps."""
-    from protocol.run_spec import parse_run_spec
-
-    return parse_run_spec(
-        {
-            "seed": SEED,
-            "data": {"sequence_length": sequence_length, "shard_steps": 5},
-            "train": {
-                "batch_sequences": batch_sequences,
-                "learning_rate": learning_rate,
-                "warmup_fraction": 0.0,
-                "final_learning_rate_fraction": 1.0,
-                "gradient_clip": 1e9,
-            },
-            "exchange": {"codec": "float32"},
-            "outer": {"optimizer": "average"},
-            "aggregation": {"rule": "mean"},
-        }
-    )
-
-
-def _schedule(clients: int, per_round: int, rounds: int) -> list[list[int]]:
-    import numpy as np
-
-    rng = np.random.default_rng(SEED + 1)
-    return [rng.choice(clients, size=per_round, replace=False).tolist() for _ in range(rounds)]
-
-
 # ---- ours, in a process of its own
-
-
-def play_round(learner: "TensorLearner", number: int, leases: Mapping[str, int], codec: str, tokens: int) -> None:
-    """One round in which every peer of `leases` trains its shard, and all are credited `tokens`."""
-    from coordinator.core.effects import CloseRound, Credit, GrantLease
-    from simulations.learner import Work
-
-    works = [
-        Work(
-            grant=GrantLease(
-                peer=peer,
-                lease_id=place,
-                round=number,
-                base_digest=learner.digest,
-                units=((number, shard),),
-                deadline_in_s=0.0,
-                tokens_before=number * tokens * len(leases),
-                round_tokens=tokens * len(leases),
-                codec=codec,
-                codec_options=(),
-                contribute=True,
-                ahead=(),
-            ),
-            num_units=1,
-        )
-        for place, (peer, shard) in enumerate(leases.items())
-    ]
-    base_digest = learner.digest
-    learner.open_round(works)
-    credits_ = []
-    for work in works:
-        sent = learner.contribute(work.grant.peer)
-        credits_.append(
-            Credit(
-                peer=work.grant.peer,
-                name=work.grant.peer,
-                lease_id=work.grant.lease_id,
-                units=work.grant.units,
-                tokens=tokens,
-                contribution_hash=sent.payload_hash,
-                payload_hash=sent.payload_hash,
-                payload_bytes=sent.payload_bytes,
-                codec=codec,
-                mean_loss=sent.mean_loss,
-                norm=sent.norm,
-                weight=float(tokens),
-                clip=1.0,
-            )
-        )
-    learner.close_round(
-        CloseRound(
-            round=number,
-            base_digest=base_digest,
-            credits=tuple(sorted(credits_, key=lambda credit: credit.payload_hash)),
-            divisor=float(tokens * len(credits_)),
-            groups=(),
-            leased_peers=len(credits_),
-            closed_because="all are here",
-            inner_steps=1,
-            plan="",
-            tokens_after=(number + 1) * tokens * len(credits_),
-            opened_s=0.0,
-        )
-    )
 
 
 class _Timed:
@@ -280,6 +83,7 @@ def run_job(name: str, threads: int, chunk: int) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from benchmarks.simulation_jobs import char_problem, mlp_problem, play_round
     from simulations.learning.backend import make_backend
     from simulations.learning.learner import TensorLearner
 
@@ -313,6 +117,7 @@ def run_scale(peers: int, rounds: int) -> dict[str, Any]:
     """So many peers of a language model, for so many rounds; seconds and gigabytes."""
     import torch
 
+    from benchmarks.simulation_jobs import play_round
     from protocol.run_spec import parse_run_spec
     from simulations.learning.backend import make_backend
     from simulations.learning.learner import TensorLearner
