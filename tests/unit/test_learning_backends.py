@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from protocol import parameters
 from protocol.errors import ConfigError, DivergedError
 from protocol.run_spec import RunSpec, parse_run_spec
-from simulations.learning.backend import Backend, Job, make_backend
+from simulations.learning.backend import Backend, Job, Merge, make_backend
 from simulations.learning.batched import BatchedBackend
 from simulations.learning.digits import Digits
 from simulations.learning.inner import StackedOptimizer
@@ -76,16 +76,17 @@ def ragged_jobs(problem: Problem, number: int) -> list[Job]:
 
 
 def assert_agree(problem: Problem, one: Backend, other: Backend, num_rounds: int = 3) -> None:
-    theta = parameters.flatten(problem.build_model())
+    theta, merge = parameters.flatten(problem.build_model()), None
     for number in range(num_rounds):
-        jobs = ragged_jobs(problem, number)
-        ours, theirs = one.train(theta, jobs), other.train(theta, jobs)
+        jobs = [replace(job, turns=place % 2 == 0) for place, job in enumerate(ragged_jobs(problem, number))]
+        ours, theirs = one.train(theta, jobs, merge), other.train(theta, jobs, merge)
         np.testing.assert_allclose(ours.pseudo_gradients, theirs.pseudo_gradients, atol=1e-5)
         np.testing.assert_allclose(ours.mean_losses, theirs.mean_losses, atol=1e-5)
-        theta = theta - theirs.pseudo_gradients.mean(axis=0)
+        merge = Merge(moved=theirs.pseudo_gradients.mean(axis=0), rate_sum=0.05)
+        theta = theta - merge.moved
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_batched_and_sequential_agree_when_peers_make_different_numbers_of_steps(optimizer: Optimizer) -> None:
     problem = digits_problem(optimizer)
     batched, sequential = (make_backend(name, problem, device=CPU) for name in ("batched", "sequential"))
