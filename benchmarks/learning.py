@@ -2,10 +2,11 @@
 
     python -m benchmarks.learning [--quick] [--json FILE] [--pictures FOLDER] [--text PATH] [--size NAME] [--steps S]
 
-Four workers train a small language model (benchmarks.learning_runs), each S inner steps of 512 tokens, one a second of
-virtual time. It stands for a model a hundred times as large, so that latency counts as little as there: links of 5, 20
-or 100 Mbit/s up and five times that down have a hundredth of it; what is not said otherwise has 20. *Alone* is one
-worker with its S steps; all others train four times the tokens. *Synchronous* averages four gradients at every step.
+Four workers train a small language model (benchmarks.learning_runs), each S inner steps of 512 tokens on a computer
+that makes one a second of virtual time with the smallest model, and fewer with larger ones. It stands for a model a
+hundred times as large, so that latency counts as little as there: links of 5, 20 or 100 Mbit/s up and five times that
+down have a hundredth of it; what is not said otherwise has 20. *Alone* is one worker with its S steps; all others train
+four times the tokens. *Synchronous* averages four gradients at every step.
 
 - DiLoCo (arXiv:2311.08105): AdamW, float32, outer Nesterov 0.7/0.9; H = 30, and 500 where a run has room for it.
 - SparseLoCo (arXiv:2508.15706): AdamW, the largest 1/64 with error feedback of decay 0.95, outer SGD 1.0, H = 30.

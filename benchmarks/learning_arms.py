@@ -8,17 +8,20 @@ from functools import lru_cache
 from typing import Any
 
 from benchmarks.learning_runs import Fleet, Outcome, change, load_problem, train_rounds, train_single, with_spec
+from protocol.parameters import count_parameters
 from protocol.run_spec import AUTO, RunSpec
 from simulations.learning.problem import Problem
 
 NUM_WORKERS = 4
-STEPS_PER_S = 1.0  # on the virtual clock
+# Every worker's computer is the same whatever the size: with the smallest model it makes a step a second of virtual
+# time, with one of three times as many parameters a third of a step.
+WORKER_FLOPS = 3.91e8
 SCALE = 100.0  # times as large is the model that this one stands for: links have that part of their bandwidth
 UPLOADS_MBPS = (5, 20, 100)
 MIDDLE_MBPS = 20
 DOWN_OVER_UP = 5
 UNEVEN = (1.0, 0.6, 0.3, 0.1)  # of the fastest; the median is as fast as in the other arms
-RATES = {"adamw": (3e-3, 6e-3), "muon": (1e-2, 2e-2, 3e-2)}
+RATES = {"adamw": (3e-3, 6e-3), "muon": (6e-3, 1e-2, 2e-2, 3e-2)}
 ADAMW_WARMUP = 0.3  # of the run: in runs this short AdamW wants it, Muon does not (docs/convergence.md)
 LONG_STEPS = 500  # H of DiLoCo as published, for runs of at least two such rounds
 
@@ -113,16 +116,20 @@ def _sparseloco() -> Setting:
 
 
 def train(arm: Arm, problem: Problem, rate: float, num_steps: int, speeds: Sequence[float] | None = None) -> Outcome:
-    """Train an arm at a rate, each worker about num_steps. speeds: shares of STEPS_PER_S; the tokens stay the same."""
+    """Train an arm at a rate, each worker about num_steps.
+
+    speeds: of each worker, their median being as fast as the workers of the other arms; the tokens stay the same.
+    """
     warmup = {"warmup_fraction": ADAMW_WARMUP} if arm.optimizer == "adamw" else {}
     tokens = num_steps * arm.num_workers * problem.spec.step_tokens
     inner = {"optimizer": arm.optimizer, "learning_rate": rate, "tokens": tokens, **warmup}
     problem = with_spec(problem, change(problem.spec, train=inner, **(arm.rounds or {})))
     bps = arm.mbps * 1e6 / SCALE
+    speed = WORKER_FLOPS / (6.0 * count_parameters(problem.build_model()) * problem.spec.step_tokens)
     if arm.rounds is None:
-        return train_single(problem, arm.num_workers, STEPS_PER_S, bps)
+        return train_single(problem, arm.num_workers, speed, bps)
     shares = speeds or (1.0,) * NUM_WORKERS
-    steps_per_s = tuple(STEPS_PER_S * share / statistics.median(shares) for share in shares)
+    steps_per_s = tuple(speed * share / statistics.median(shares) for share in shares)
     return train_rounds(problem, Fleet(steps_per_s=steps_per_s, upload_bps=bps, download_bps=DOWN_OVER_UP * bps))
 
 

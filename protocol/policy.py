@@ -95,6 +95,7 @@ def plan_exchange(
     run_steps: float,
     round_s: float | None = None,
     held_steps: int | None = None,
+    overlap: bool = False,
 ) -> ExchangePlan:
     """The exchange of the next round. `codec` and `inner_steps` may be given; "auto" and None are chosen here.
 
@@ -102,7 +103,7 @@ def plan_exchange(
     progress: the part of the run's tokens that was trained, 0 to 1. run_steps: inner steps that one worker makes in the
     whole run. Before any link was measured int2 and few steps are taken. round_s: seconds that a round should take;
     then the steps follow from it, and `inner_steps` does not count. held_steps: those of the round before, for the
-    same time.
+    same time. overlap: training goes on beside the exchange; the steps that are chosen here count what is made there.
     """
     choices = CHOICES if codec == AUTO else (_given(codec, options),)
     if round_s is not None:
@@ -123,14 +124,28 @@ def plan_exchange(
         share = min(1.0, EARLY_SHARES * share)
     candidates = [(choice, h, penalty) for choice in choices for h, penalty in steps]
     plan = _choose(candidates, num_parameters, contributors, links, share)
-    most_steps = max(run_steps / LEAST_ROUNDS, STEPS_PENALTY[0][0])
-    if inner_steps is not None or plan.inner_steps <= most_steps:
+    if inner_steps is not None:
         return plan
-    longest = max(h for h, _ in steps if h <= most_steps)
-    candidates = [candidate for candidate in candidates if candidate[1] == longest]
-    limit = max(share, MOST_SHARE)
-    plan = _choose(candidates, num_parameters, contributors, links, limit)
-    return replace(plan, reason=f"a short run, in which exchange may take {limit:.0%}: {plan.reason}")
+    most_steps = max(run_steps / LEAST_ROUNDS, STEPS_PENALTY[0][0])
+    if plan.inner_steps > most_steps:
+        longest = max(h for h, _ in steps if h <= most_steps)
+        candidates = [candidate for candidate in candidates if candidate[1] == longest]
+        limit = max(share, MOST_SHARE)
+        plan = _choose(candidates, num_parameters, contributors, links, limit)
+        plan = replace(plan, reason=f"a short run, in which exchange may take {limit:.0%}: {plan.reason}")
+    return _leave_beside(plan, choices, num_parameters, contributors, links) if overlap else plan
+
+
+def _leave_beside(
+    plan: ExchangePlan, choices: Sequence[Choice], num_parameters: int, contributors: int, links: Links
+) -> ExchangePlan:
+    """The plan with overlap: fewer steps by those that fit beside the exchange, so that as many rounds are made."""
+    choice = next(each for each in choices if (each.codec, each.options) == (plan.codec, plan.options))
+    exchange = exchange_s(choice, num_parameters, contributors, links)
+    beside = min(round(exchange / links.step_s), plan.inner_steps // 2)
+    return replace(
+        plan, inner_steps=plan.inner_steps - beside, reason=f"{plan.reason}, with {beside} of the steps beside it"
+    )
 
 
 def _choose(

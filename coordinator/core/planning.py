@@ -24,6 +24,7 @@ def plan_round(state: State, workers: Collection[str]) -> ExchangePlan:
         run_steps=tokens / (state.spec.step_tokens * len(workers)),
         round_s=state.round_time_s,
         held_steps=before.inner_steps if before and before.round_s == state.round_time_s else None,
+        overlap=exchange.overlap,
     )
 
 

@@ -53,6 +53,7 @@ def plan_round(site: Site, crowd: Crowd, holders: Ints, tokens: float) -> Exchan
         inner_steps=None if inner_steps == AUTO else inner_steps,
         progress=tokens / site.spec.train.tokens,
         run_steps=site.spec.train.tokens / (site.spec.step_tokens * len(holders)),
+        overlap=exchange.overlap,
     )
 
 

@@ -18,9 +18,11 @@ from benchmarks.learning_arms import (
     list_arms,
     make_base,
     run_trial,
+    train,
     train_arms,
 )
 from benchmarks.learning_runs import Fleet, Outcome, Point, change, load_problem, train_rounds, train_single, with_spec
+from protocol.parameters import count_parameters
 from protocol.run_spec import RunSpec
 from simulations.learning.problem import Problem
 
@@ -105,6 +107,16 @@ def test_bytes_shrink_when_the_link_is_thinner_and_the_exchange_is_automatic(pro
     assert sent == sorted(sent, reverse=True)
     assert sent[-1] < sent[0]
     assert all(outcome.plans[0] == "no link was measured yet" for outcome in outcomes)
+
+
+def test_steps_take_longer_with_a_larger_model_on_the_same_computer(problem: Problem) -> None:
+    wide = change(problem.spec, model={"config": problem.spec.model.config | {"hidden_size": 64}})
+    problems = [problem, with_spec(problem, wide)]
+    sizes = [count_parameters(each.build_model()) for each in problems]
+    arm = Arm(title="alone", optimizer="adamw", num_workers=1)
+    seconds = [train(arm, each, 1e-3, 2).seconds for each in problems]
+    assert sizes[1] > 1.5 * sizes[0]
+    assert seconds[1] / seconds[0] == pytest.approx(sizes[1] / sizes[0])
 
 
 def test_arm_keeps_its_best_rate(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:

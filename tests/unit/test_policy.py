@@ -25,6 +25,7 @@ def plan(
     share: float = 0.05,
     round_s: float | None = None,
     held_steps: int | None = None,
+    overlap: bool = False,
 ) -> ExchangePlan:
     links = Links(
         step_s=step_s,
@@ -43,6 +44,7 @@ def plan(
         run_steps=run_steps,
         round_s=round_s,
         held_steps=held_steps,
+        overlap=overlap,
     )
 
 
@@ -110,6 +112,30 @@ def test_more_is_exchanged_at_the_beginning_of_a_run() -> None:
 def test_wide_share_is_not_narrowed_at_the_beginning() -> None:
     early, later = (plan(progress=progress, share=0.9) for progress in (0.01, 0.5))
     assert bytes_of(early) >= bytes_of(later)
+
+
+def test_overlap_leaves_to_the_exchange_the_steps_that_fit_beside_it() -> None:
+    for mbps, run_steps in ((20.0, 1e6), (5.0, 300.0)):
+        apart, beside = (
+            plan(
+                num_parameters=127_424, contributors=4, up_mbps=mbps, step_s=0.01, run_steps=run_steps, overlap=overlap
+            )
+            for overlap in (False, True)
+        )
+        fitting = round(127_424 * 0.133 * 8 / (mbps * 1e6) / 0.01)
+        assert fitting >= 1
+        assert apart.codec == beside.codec
+        assert beside.inner_steps + fitting == apart.inner_steps
+        assert f"with {fitting} of the steps beside it" in beside.reason
+    assert plan(codec="sign", inner_steps=20, overlap=True).inner_steps == 20
+
+
+def test_overlap_keeps_half_of_the_steps_when_the_exchange_takes_longer_than_they() -> None:
+    apart, beside = (
+        plan(num_parameters=127_424, contributors=4, up_mbps=0.05, step_s=0.01, run_steps=300.0, overlap=overlap)
+        for overlap in (False, True)
+    )
+    assert beside.inner_steps == apart.inner_steps - apart.inner_steps // 2
 
 
 def test_reason_names_share_and_link() -> None:
