@@ -22,7 +22,7 @@ demo: $(READY) ## several workers train one model together, on this machine, in 
 	$(BIN)/manyhands demo
 
 test: $(READY) ## all tests but the long ones
-	$(BIN)/python -m pytest -m "not chaos"
+	$(BIN)/python -m pytest -m "not chaos" --numprocesses 2
 
 check: $(READY) ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -1,9 +1,30 @@
 """Hypothesis profiles. `repeatable` (the default, and CI's) tries the same examples every time; `search` looks for new
 ones: `pytest --hypothesis-profile search tests/property`.
+
+`make test` runs two tests at a time (pytest-xdist): those that start a run's processes one after the other, since each
+of them keeps two cores busy, and beside them the others, file by file.
 """
 
+from typing import Any
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("search", deadline=None, print_blob=True, max_examples=1000)
 settings.load_profile("repeatable")
+
+WITH_PROCESSES = ("tests/integration/", "tests/browser/")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByProcesses(LoadScopeScheduling):
+        """A scope is given to one of pytest's processes as a whole, the largest first."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return "processes" if nodeid.startswith(WITH_PROCESSES) else nodeid.partition("::")[0]
+
+    return ByProcesses(config, log)
