@@ -7,8 +7,8 @@ the pseudo-gradient at the end, checked to be finite. The plain loop is written 
 Paired and alternating (plain, worker, worker, plain, …); the figure is the median of the pairs' ratios, so a machine
 that slows down meets both. Beside it the quartiles of the ratios, which tell how quiet the machine was, the same by the
 process's own processor seconds, which say more on a machine that does other things as well (not of a GPU's time), and
-what a lease takes besides its steps. `ratio > 0.98` is what is asked for; a run on a machine whose load average is over
-its cores is marked as not quiet.
+what a lease takes besides its steps. `ratio > 0.98` is what is asked for; a run on a machine whose load average was
+over its cores, which the measurement itself keeps busy, is marked as not quiet.
 """
 
 import os
@@ -36,6 +36,7 @@ from worker.trainer import Trainer
 TARGET = 0.98
 VOCABULARY = 256
 LEARNING_RATE = 1e-3
+SOMEBODY_ELSE = 0.25  # of a core
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             f"worker_tokens_per_s_{case.name}": round(statistics.median(worker), 1),
         }
     load = max(load, os.getloadavg()[0])
-    quiet = load <= count_cores()
+    quiet = load < count_cores() + SOMEBODY_ELSE
     figures |= {"load_average_at_most": round(load, 2), "quiet": str(quiet).lower()}
     print(f"asked for: {TARGET}: {'met' if met else 'not met'}")
     if not quiet:
