@@ -4,10 +4,11 @@
     python -m benchmarks.simulation --scale [--quick] [--json FILE]
 
 The same jobs, data, client schedule, batch order, start weights and hyper-parameters in every engine, so that all must
-end at the same parameters (norms and losses are compared to 1e-4), one after the other, one thread a process (Flower
-has an actor a core). Ours is what `manyhands simulate` trains with: TensorLearner on the batched backend, with codec,
-hash, error feedback and deterministic merge. FOLDER holds bench_flower.py and bench_pfl.py, PYTHON is of an environment
-with flwr[simulation] and pfl[pytorch]; without them only ours is measured.
+end at the same parameters (norms and losses are compared to 1e-4), one after the other, one thread a process. Ours and
+pfl-research keep one core busy; Flower runs with an actor a core, and with one actor. Ours is what `manyhands simulate`
+trains with: TensorLearner on the batched backend, with codec, hash, error feedback and deterministic merge. FOLDER has
+bench_flower.py and bench_pfl.py, PYTHON is of an environment with flwr[simulation] and pfl[pytorch]; without them only
+ours is measured.
 
 - `mlp`: 1,000 clients of 50 digits, 100 of them a round, 20 rounds; 64-32-10, SGD 0.1, batches of 10.
 - `char`: 64 clients, all of them a round, 5 rounds; a transformer of 2 layers of 64, 5 steps of 4 x 64 characters.
@@ -37,8 +38,13 @@ REPEATS = 3
 STEADY_S = 4.0  # ours goes on beyond the job until then: all of its rounds together take half a second
 TOLERANCE = 1e-4
 JOBS = ("mlp", "char")
-BASELINES = {"flower": "bench_flower.py", "pfl": "bench_pfl.py"}
-ENGINES = {"ours": "manyhands", "flower": "Flower", "pfl": "pfl-research"}
+BASELINES = {"flower": "bench_flower.py", "flower_one_actor": "bench_flower.py", "pfl": "bench_pfl.py"}
+ENGINES = {
+    "ours": "manyhands",
+    "flower": "Flower, an actor a core",
+    "flower_one_actor": "Flower, one actor",
+    "pfl": "pfl-research",
+}
 LIMIT_S = 7200.0
 SCALE_PEERS, SMALL_PEERS, SCALE_ROUNDS, SCALE_CHUNK = 1000, 250, 20, 16
 SCALE_SPEC: dict[str, Any] = {
@@ -174,7 +180,8 @@ def measure_engine(engine: str, job: str, options: argparse.Namespace) -> dict[s
     environment = {
         "JOB": job,
         "THREADS": str(options.threads),
-        "ACTOR_CPUS": "1",
+        "ACTOR_CPUS": str(os.cpu_count()) if engine == "flower_one_actor" else "1",
+        "ACTOR_THREADS": "1",
         "PYTHONPATH": str(options.baselines),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
