@@ -62,6 +62,7 @@ class LedgerWriter:
             closed_because=closed.closed_because,
             inner_steps=closed.inner_steps,
             plan=closed.plan,
+            learning_rate=closed.learning_rate,
             tokens_after=closed.tokens_after,
         )
         rows = [self._append(manifest, unix_s)]

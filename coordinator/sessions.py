@@ -222,6 +222,7 @@ class Sessions:
             round_tokens=grant.round_tokens,
             codec=grant.codec,
             codec_options=dict(grant.codec_options),
+            learning_rate=grant.learning_rate,
             contribute=grant.contribute,
             ahead=_refs(grant.ahead),
         )

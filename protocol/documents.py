@@ -35,6 +35,12 @@ Verb = Literal[
     "status", "stop", "pause", "resume", "invite", "invites", "revoke", "ban", "unban", "approve", "round-time"
 ]
 ALL_SLICES = ("all",)
+_RATE = "the highest learning rate of this round, when it is not in run.toml"
+
+
+def _is_missing(value: object) -> bool:
+    """Whether a field stays out of the document, which workers of the last protocol version then read as well."""
+    return value is None
 
 
 class Document(BaseModel):
@@ -99,6 +105,7 @@ class Lease(Document):
     round_tokens: Count = Field(description="tokens leased to all peers in this round")
     codec: Name = Field(description="what the contribution is encoded with")
     codec_options: dict[str, int | float]
+    learning_rate: Share | None = Field(None, description=_RATE, exclude_if=_is_missing)
     contribute: bool = Field(True, description="False: train and keep the result; this peer's turn comes later")
     ahead: tuple[ShardRef, ...] = Field((), description="shards to go on with while the round is exchanged and merged")
 
@@ -214,7 +221,8 @@ class Manifest(Chained):
     leased_peers: Count
     closed_because: Name
     inner_steps: Count = Field(description="H of a peer of median speed in this round")
-    plan: Reason = Field(description="why this codec and H")
+    plan: Reason = Field(description="why this codec, H and learning rate")
+    learning_rate: Share | None = Field(None, description=_RATE, exclude_if=_is_missing)
     tokens_after: Count = Field(description="tokens credited in the whole run, this round's included")
 
 

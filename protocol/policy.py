@@ -24,6 +24,10 @@ EARLY_PART, EARLY_SHARES = 0.08, 2.0
 # A short run is worth at least so many rounds, while its exchange takes no more than this share of them.
 LEAST_ROUNDS, MOST_SHARE = 20, 0.25
 FIRST_STEPS = 5  # before any link was measured: a round that is soon over, and measures them
+# The best rates of one worker with so many parameters in a run of so many steps; see choose_learning_rate.
+ALONE_RATES = {"muon": 1.3e-2, "adamw": 6e-3}
+HIGHEST_RATES = {"muon": 3e-2, "adamw": 6e-3}
+RATE_PARAMETERS, RATE_STEPS, RATE_MOST_LONGER, RATE_MOST_WORKERS = 130_000, 300.0, 3.0, 4
 # The steps that follow from a round's time stay as they were while they are so near: speeds are never quite the same.
 HELD_WITHIN = 0.1
 
@@ -71,6 +75,7 @@ class ExchangePlan:
     inner_steps: int
     reason: str
     round_s: float | None = None  # what the operator wants a round to take, when the steps follow from it
+    learning_rate: float | None = None  # the highest of the inner steps', when run.toml leaves it to `auto`
 
 
 def describe_links(step_s: list[float], upload_bps: list[float], download_bps: list[float]) -> Links:
@@ -146,6 +151,18 @@ def _leave_beside(
     return replace(
         plan, inner_steps=plan.inner_steps - beside, reason=f"{plan.reason}, with {beside} of the steps beside it"
     )
+
+
+def choose_learning_rate(optimizer: str, *, num_parameters: int, run_steps: float, workers: int) -> float:
+    """The highest learning rate of inner steps, of which one worker makes `run_steps` in the whole run.
+
+    Larger models want a lower one, and so do longer runs, to a point. The mean of many workers' steps moves less and is
+    less noisy than one of them, so it bears a higher one, for some workers (docs/convergence.md has the trials).
+    """
+    larger = math.sqrt(num_parameters / RATE_PARAMETERS)
+    longer = min(max(1.0, math.sqrt(run_steps / RATE_STEPS)), RATE_MOST_LONGER)
+    together = math.sqrt(min(workers, RATE_MOST_WORKERS))
+    return min(ALONE_RATES[optimizer] / (larger * longer) * together, HIGHEST_RATES[optimizer])
 
 
 def _choose(

@@ -1,6 +1,7 @@
 """RunSpec: everything in run.toml, checked. An unknown key is an error that names the nearest known one."""
 
 import difflib
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,15 @@ def _check_steps(value: object) -> object:
     return value
 
 
+def _check_rate(value: object) -> object:
+    if value == AUTO:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < math.inf:
+        raise ValueError('a number above 0, or "auto"')
+    return float(value)
+
+
+RateOrAuto = Annotated[float | Literal["auto"], PlainValidator(_check_rate)]
 StepsOrAuto = Annotated[int | Literal["auto"], PlainValidator(_check_steps)]
 
 
@@ -67,7 +77,9 @@ class TrainSpec(Section):
     tokens: Annotated[int, Field(ge=1)] = Field(4_000_000, description="the run ends when so many are credited")
     batch_sequences: Annotated[int, Field(ge=1, le=1 << 16)] = Field(8, description="sequences in one inner step")
     optimizer: Literal["adamw", "muon"] = Field("muon", description="adamw wants a smaller learning rate")
-    learning_rate: Positive = Field(8e-3, description="for muon; short runs want up to 2e-2, adamw 3e-3 to 6e-3")
+    learning_rate: RateOrAuto = Field(
+        8e-3, description='the highest; "auto": by the optimizer, the run\'s length and the number of workers'
+    )
     final_learning_rate_fraction: Fraction = 0.1
     warmup_fraction: Fraction = Field(0.02, description="share of the run's tokens over which the rate rises")
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1

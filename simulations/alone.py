@@ -10,8 +10,9 @@ from rich.progress import Progress
 from coordinator.run_folder import RunFolder, find_genesis
 from protocol.documents import Genesis
 from protocol.errors import VerificationError
+from protocol.policy import choose_learning_rate
 from protocol.replica import State
-from protocol.run_spec import RunSpec
+from protocol.run_spec import AUTO, RunSpec
 from protocol.shard_format import decode_shard
 from protocol.tokenizer import load_tokenizer
 from worker.device import choose_device, set_threads
@@ -50,6 +51,12 @@ def train_alone(folder: RunFolder, num_steps: int, console: Console) -> AloneRes
     spec = genesis.spec.model_copy(
         update={"train": genesis.spec.train.model_copy(update={"tokens": num_steps * genesis.spec.step_tokens})}
     )
+    train = spec.train
+    highest_rate = None
+    if train.learning_rate == AUTO:
+        highest_rate = choose_learning_rate(
+            train.optimizer, num_parameters=genesis.num_parameters, run_steps=num_steps, workers=1
+        )
     store = folder.store
     set_threads()
     trainer = Trainer(spec, genesis.vocabulary_size, choose_device("cpu"))
@@ -72,6 +79,7 @@ def train_alone(folder: RunFolder, num_steps: int, console: Console) -> AloneRes
             tokens_before=0,
             round_tokens=spec.train.tokens,
             lease_tokens=spec.train.tokens,
+            highest_rate=highest_rate,
             should_stop=lambda: False,
             on_step=show,
         )

@@ -26,7 +26,7 @@ from coordinator.operator import operate
 from coordinator.run_folder import RunFolder
 from coordinator.text import read_documents
 from protocol.errors import ManyhandsError
-from protocol.run_spec import RunSpec
+from protocol.run_spec import AUTO, RunSpec
 from protocol.run_template import render_spec
 from simulations.demo_report import DemoReport, WorkerShare, print_report
 
@@ -152,7 +152,7 @@ def _size_run(text: str, seconds: float, console: Console) -> RunSpec:
     tokens = int(speed * sum(WORKERS.values()) * EFFICIENCY * seconds) * spec.step_tokens
     console.print(f"one worker makes {speed:.1f} inner steps a second here; the run is {tokens:,} tokens")
     data = spec.model_dump()
-    data["train"]["tokens"] = tokens
+    data["train"].update(tokens=tokens, learning_rate=AUTO)
     data["round"].update(min_peers=len(WORKERS), inner_steps=INNER_STEPS)
     data["coordinator"] = {"listen": f"127.0.0.1:{_free_port()}", "http": f"127.0.0.1:{_free_port()}"}
     return RunSpec.model_validate(data)

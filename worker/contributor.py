@@ -270,7 +270,9 @@ class Contributor:
             on_step(step)
 
         steps_done = held.facts.steps_done if held else 0
-        result = self._run(lease.shards, lease.tokens_before, lease.round_tokens, should_stop, note_step, steps_done)
+        result = self._run(
+            lease, lease.shards, lease.tokens_before, lease.round_tokens, should_stop, note_step, steps_done
+        )
         weights = parameters.flatten(self._trainer.model, into=self._weights)
         if lease.ahead and self._saved.is_due:  # its steps go on before this can be written
             self._optimizer_state = self._trainer.optimizer.state(copy=True)
@@ -298,7 +300,7 @@ class Contributor:
         if merge.base_digest == base.digest and state.round == base.round + 1:
             np.subtract(base.theta, state.theta, out=self._displacement)
             tokens = [entry.tokens for entry in merge.contributions]
-            rate_sum = sum_rates(tokens, merge.tokens_after, self._genesis.spec)
+            rate_sum = sum_rates(tokens, merge.tokens_after, self._genesis.spec, merge.learning_rate)
             self._trainer.optimizer.turn_momentum(self._displacement, rate_sum)
 
     def _save_lease(self, facts: LeaseFacts, state: State) -> None:
@@ -328,11 +330,12 @@ class Contributor:
         self, lease: Lease, state: State, should_stop: Callable[[], bool], on_step: Callable[[StepReport], None]
     ) -> None:
         parameters.move_towards(self._trainer.model, state.theta, 1.0 - OWN_SHARE)
-        result = self._run(lease.ahead, lease.tokens_before + lease.round_tokens, 0, should_stop, on_step)
+        result = self._run(lease, lease.ahead, lease.tokens_before + lease.round_tokens, 0, should_stop, on_step)
         self._is_ahead, self._lead_shards = True, lease.ahead[: result.shards_done]
 
     def _run(
         self,
+        lease: Lease,
         refs: Sequence[ShardRef],
         tokens_before: int,
         round_tokens: int,
@@ -346,6 +349,7 @@ class Contributor:
             tokens_before=tokens_before,
             round_tokens=round_tokens,
             lease_tokens=len(refs) * self._genesis.spec.shard_tokens,
+            highest_rate=lease.learning_rate,
             should_stop=should_stop,
             on_step=on_step,
             throttle=self._throttle(),

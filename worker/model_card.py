@@ -70,7 +70,7 @@ def _summary(spec: RunSpec, num_parameters: int, card: CheckpointCard) -> Iterat
         held_out = "" if card.held_out_tokens is None else f" on {card.held_out_tokens:,} tokens"
         yield f"| held-out loss | {card.held_out_loss:.4f} nats a token (perplexity {perplexity:.4g}){held_out} |"
     yield f"| data | {_escape(spec.data.source)}, sequences of {spec.data.sequence_length:,} tokens |"
-    yield f"| inner optimizer | {train.optimizer}, learning rate {train.learning_rate:g} |"
+    yield f"| inner optimizer | {train.optimizer}, learning rate {train.learning_rate} |"
     yield f"| outer optimizer | {spec.outer.optimizer}, learning rate {spec.outer.learning_rate:g} |"
     yield f"| exchanged as | {_escape(spec.exchange.codec)} |"
     yield f"| run | `{card.run_id}` |"

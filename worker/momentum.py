@@ -10,6 +10,7 @@ Shape letters: P workers, M and N a matrix's sides.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,12 +22,47 @@ _NEWTON_SCHULZ_STEPS = 5
 _EPSILON = 1e-7
 
 
-def turn(momenta: Tensor, moved: Tensor, rate_sum: float) -> None:
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a matrix falls into equal blocks, each of which is orthogonalized by itself: `count` of them, along `axis`.
+
+    Weights of query, key and value in one matrix are cut into their heads'; most matrices are one block.
+    """
+
+    count: int = 1
+    axis: int = 0  # of (M, N)
+
+    def blocks(self, matrices: Tensor) -> Tensor:
+        """A view (P, count, m, n) of (P, M, N)."""
+        shape = list(matrices.shape)
+        shape[1 + self.axis : 2 + self.axis] = [self.count, shape[1 + self.axis] // self.count]
+        return matrices.view(shape).movedim(1 + self.axis, 1)
+
+    def join(self, blocks: Tensor) -> Tensor:
+        """(P, M, N) of blocks (P, count, m, n)."""
+        return blocks.movedim(1, 1 + self.axis).flatten(1 + self.axis, 2 + self.axis)
+
+
+WHOLE = Cut()
+
+
+def direction(gradients: Tensor, cut: Cut) -> Tensor:
+    """What Muon moves weights by at learning rate 1, for gradients or momenta (P, M, N)."""
+    blocks = cut.blocks(gradients)
+    own = orthogonalize(blocks.flatten(0, 1)).view(blocks.shape)
+    return cut.join(own * (MUON_RMS * math.sqrt(max(blocks.shape[2:]))))
+
+
+def turn(momenta: Tensor, moved: Tensor, rate_sum: float, cut: Cut = WHOLE) -> None:
     """Turn float32 momenta (P, M, N), in place, after a merge of rounds with `rate_sum`.
 
     moved: float32 (M, N), the weights before the merge minus those after it. Steps at a rate of zero say nothing.
     """
     if rate_sum <= 0.0:
+        return
+    if cut.count > 1:
+        for part, part_moved in zip(cut.blocks(momenta).unbind(1), cut.blocks(moved[None])[0], strict=True):
+            turn(part, part_moved, rate_sum)
         return
     agreed = (moved / (rate_sum * MUON_RMS * math.sqrt(max(moved.shape)))).expand_as(momenta)
     own = orthogonalize(momenta)

@@ -21,13 +21,22 @@ from torch import Tensor, nn
 from protocol.codecs.payload import Vector
 from protocol.errors import ConfigError, VerificationError
 from protocol.parameters import ParameterSlot, parameter_layout
-from protocol.run_spec import RunSpec, TrainSpec
+from protocol.run_spec import AUTO, RunSpec, TrainSpec
 from worker.disk import write_tensors
-from worker.momentum import MUON_RMS, orthogonalize, turn
+from worker.momentum import WHOLE, Cut, direction, turn
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with weight decay, Nesterov momentum and AdamW's RMS, orthogonalized by `worker.momentum`."""
+    """torch.optim.Muon with weight decay, Nesterov momentum and AdamW's RMS, orthogonalized by `worker.momentum`.
+
+    cuts: of the matrices that are not one block.
+    """
+
+    def __init__(self, matrices: Sequence[nn.Parameter], cuts: Mapping[Tensor, Cut], weight_decay: float) -> None:
+        super().__init__(
+            matrices, lr=_UNSET_RATE, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+        self.cuts = cuts
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # nothing here has a closure
@@ -41,15 +50,17 @@ class Muon(torch.optim.Muon):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 buffer = state["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
-                update = orthogonalize(parameter.grad.lerp(buffer, momentum)[None])[0]
+                update = direction(parameter.grad.lerp(buffer, momentum)[None], self.cuts.get(parameter, WHOLE))[0]
                 parameter.mul_(1.0 - rate * group["weight_decay"])
-                parameter.add_(update, alpha=-rate * MUON_RMS * math.sqrt(max(update.shape)))
+                parameter.add_(update, alpha=-rate)
 
 
 _STATE_KEYS: dict[type[torch.optim.Optimizer], frozenset[str]] = {
     torch.optim.AdamW: frozenset({"step", "exp_avg", "exp_avg_sq"}),
     Muon: frozenset({"momentum_buffer"}),
 }
+_UNSET_RATE = 0.0  # each step sets its own
+_FUSED_ATTENTION = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "attn_qkv")  # names of layers in transformers
 _SEPARATOR = "|"  # between a parameter's name and a state's key; a name has none
 
 
@@ -80,7 +91,7 @@ class InnerOptimizer:
             for parameter, state in part.state.items():
                 slot, momentum = self._slots[parameter], state["momentum_buffer"]
                 own = torch.from_numpy(moved[slot.range]).to(momentum.device).view(slot.shape)
-                turn(momentum[None], own, rate_sum)
+                turn(momentum[None], own, rate_sum, part.cuts.get(parameter, WHOLE))
 
     def save(self, path: Path) -> None:
         """Write the state to a safetensors file in one step. Raises DiskFullError."""
@@ -139,15 +150,7 @@ def _build_muon(model: nn.Module, train: TrainSpec) -> InnerOptimizer:
     others = [parameter for parameter in model.parameters() if parameter not in chosen]
     parts: list[torch.optim.Optimizer] = []
     if hidden:
-        parts.append(
-            Muon(
-                hidden,
-                lr=train.learning_rate,
-                weight_decay=train.weight_decay,
-                momentum=0.95,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        parts.append(Muon(hidden, find_cuts(model), train.weight_decay))
     if others:
         parts.append(_adamw(others, train))
     return InnerOptimizer(parts, model)
@@ -160,7 +163,7 @@ def _adamw(parameters: list[nn.Parameter], train: TrainSpec) -> torch.optim.Adam
     ]
     # fused needs less than half the time of the other forms on the CPU too
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=train.learning_rate, betas=train.betas, fused=True
+        [group for group in groups if group["params"]], lr=_UNSET_RATE, betas=train.betas, fused=True
     )
 
 
@@ -178,6 +181,23 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
+def find_cuts(model: nn.Module) -> dict[Tensor, Cut]:
+    """How the weights fall into blocks that hold query, key and value of all heads: one block a head of each."""
+    config: Any = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return {}
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    cuts: dict[Tensor, Cut] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if name.rpartition(".")[2] in _FUSED_ATTENTION and isinstance(weight, nn.Parameter) and weight.ndim == 2:
+            axis = 0 if isinstance(module, nn.Linear) else 1  # GPT-2's layers hold their weights transposed
+            if weight.shape[axis] % head_size == 0:
+                cuts[weight] = Cut(weight.shape[axis] // head_size, axis)
+    return cuts
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module, TrainSpec], InnerOptimizer]] = {
     "adamw": _build_adamw,
     "muon": _build_muon,
@@ -192,30 +212,35 @@ def build_optimizer(model: nn.Module, train: TrainSpec) -> InnerOptimizer:
     return build(model, train)
 
 
-def learning_rate_at(tokens: float, spec: RunSpec) -> float:
+def learning_rate_at(tokens: float, spec: RunSpec, highest: float | None = None) -> float:
     """The rate when the whole run has trained on so many tokens.
 
-    A linear rise over `warmup_fraction` of the run's tokens, then a cosine down to `final_learning_rate_fraction` of
-    `learning_rate` at its end; it stays there.
+    A linear rise over `warmup_fraction` of the run's tokens to the highest rate, then a cosine down to
+    `final_learning_rate_fraction` of it at the run's end; there it stays. highest: what the lease says, None where the
+    run's own `learning_rate` holds. Raises VerificationError when neither says a number.
     """
     train = spec.train
+    peak = train.learning_rate if highest is None else highest
+    if peak == AUTO:
+        raise VerificationError("this run leaves the learning rate to its leases, and this one names none")
     warmup_tokens = train.warmup_fraction * train.tokens
     if tokens < warmup_tokens:
-        return train.learning_rate * tokens / warmup_tokens
+        return peak * tokens / warmup_tokens
     decay_tokens = train.tokens - warmup_tokens
     progress = min(1.0, (tokens - warmup_tokens) / decay_tokens) if decay_tokens > 0 else 1.0
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     final = train.final_learning_rate_fraction
-    return train.learning_rate * (final + (1.0 - final) * cosine)
+    return peak * (final + (1.0 - final) * cosine)
 
 
-def sum_rates(credited_tokens: Sequence[int], tokens_after: int, spec: RunSpec) -> float:
+def sum_rates(credited_tokens: Sequence[int], tokens_after: int, spec: RunSpec, highest: float | None = None) -> float:
     """The learning rates of a round's steps, added up, for the mean worker as the merge weighs it: by its tokens.
 
-    credited_tokens: of each contribution; tokens_after: of the whole run, this round's included. 0 for no tokens.
+    credited_tokens: of each contribution; tokens_after: of the whole run, this round's included; highest: as in
+    `learning_rate_at`. 0 for no tokens.
     """
     total = sum(credited_tokens)
     if total == 0:
         return 0.0
     steps = sum(tokens * tokens for tokens in credited_tokens) / (total * spec.step_tokens)
-    return steps * learning_rate_at(tokens_after - total / 2, spec)
+    return steps * learning_rate_at(tokens_after - total / 2, spec, highest)

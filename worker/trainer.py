@@ -99,6 +99,7 @@ class Trainer:
         self.micro_batch = min(micro_batch or spec.train.batch_sequences, spec.train.batch_sequences)
         self.autocast_dtype: torch.dtype | None = None
         self.compiled_loss: Loss | None = None
+        self.optimizer_share = 0.0  # of an inner step's time, as `benchmark` measured it
         if model_config is None:
             model = task.build_model(spec, vocabulary_size, spec.seed)
         else:
@@ -134,12 +135,14 @@ class Trainer:
         should_stop: Callable[[], bool],
         on_step: Callable[[StepReport], None],
         throttle: float = 1.0,
+        highest_rate: float | None = None,
     ) -> LeaseResult:
         """Train from θ, float32 (D,), on the lease's shards, each int64 (R, T + 1) with R = shard_steps · B.
 
         tokens_before, round_tokens: where the run stands and what all peers train in this round; the learning rate
         moves through it as this lease moves through its `lease_tokens`. should_stop is asked before every step and
-        while sleeping. throttle: the share of the time, in (0, 1], to compute; the rest is slept.
+        while sleeping. throttle: the share of the time, in (0, 1], to compute; the rest is slept. highest_rate: of the
+        schedule, None where the run's own holds.
 
         Raises VerificationError when θ or a shard does not fit the run, DivergedError after three steps in a row, or
         a whole lease, without a finite loss and gradient, DeviceMemoryError when one sequence is too much.
@@ -153,6 +156,7 @@ class Trainer:
             should_stop=should_stop,
             on_step=on_step,
             throttle=throttle,
+            highest_rate=highest_rate,
         )
         delta = parameters.pseudo_gradient(theta, self.model)
         if not np.isfinite(delta).all():
@@ -170,6 +174,7 @@ class Trainer:
         on_step: Callable[[StepReport], None],
         throttle: float = 1.0,
         steps_done: int = 0,
+        highest_rate: float | None = None,
     ) -> TrainResult:
         """Train from where the model stands, else as `run_lease`; the model is left where it has come to.
 
@@ -182,7 +187,7 @@ class Trainer:
 
         def learning_rate(steps_done: int) -> float:
             share = min(1.0, (steps_done + 0.5) * self.spec.step_tokens / max(lease_tokens, 1))
-            return learning_rate_at(tokens_before + round_tokens * share, self.spec)
+            return learning_rate_at(tokens_before + round_tokens * share, self.spec, highest_rate)
 
         started_s = time.perf_counter()
         with seeded(self.device, _hash(shards)):
@@ -217,7 +222,7 @@ class Trainer:
         """Inner steps a second on random tokens: the median step of about so many seconds, after a warm-up step.
 
         Parameters and optimizer state are left as they were: the steps are made by a passing optimizer of the same
-        kind at learning rate 0. Raises DeviceMemoryError.
+        kind at learning rate 0. Also sets `optimizer_share`. Raises DeviceMemoryError.
         """
         scratch = build_optimizer(self.model, self.spec.train)
         rows = self._random_rows(self.spec.train.batch_sequences)
@@ -228,8 +233,14 @@ class Trainer:
             deadline_s = time.perf_counter() + seconds
             while len(durations_s) < 2 or time.perf_counter() < deadline_s:
                 durations_s.append(self._make_step(rows, scratch, 0.0).compute_s)
+            started_s = time.perf_counter()
+            scratch.step(0.0)
+            synchronize(self.device)
+            update_s = time.perf_counter() - started_s
         scratch.zero_grad()
-        return 1.0 / statistics.median(durations_s)
+        step_s = statistics.median(durations_s)
+        self.optimizer_share = min(1.0, update_s / step_s)
+        return 1.0 / step_s
 
     def save_optimizer(self, path: Path) -> None:
         """Write the inner optimizer's state, a safetensors file, in one step. Raises DiskFullError."""

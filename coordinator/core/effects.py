@@ -52,6 +52,7 @@ class GrantLease:
     codec_options: tuple[tuple[str, int | float], ...]
     contribute: bool
     ahead: tuple[Unit, ...]
+    learning_rate: float | None = None  # None: as run.toml says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +139,7 @@ class CloseRound:
     inner_steps: int
     plan: str
     tokens_after: int
+    learning_rate: float | None = None  # that the leases had
     opened_s: float
 
 

@@ -1,9 +1,10 @@
 """What a round exchanges, and whose contributions: decided when it opens, from what was measured until then."""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from coordinator.core.state import State
-from protocol.policy import ExchangePlan, Links, describe_links, plan_exchange
+from protocol.policy import ExchangePlan, Links, choose_learning_rate, describe_links, plan_exchange
 from protocol.run_spec import AUTO
 from protocol.signing import sha256_hex
 
@@ -11,8 +12,9 @@ from protocol.signing import sha256_hex
 def plan_round(state: State, workers: Collection[str]) -> ExchangePlan:
     """Codec and inner steps for a round of these workers, of which there must be one (protocol.policy)."""
     exchange, inner_steps, before = state.spec.exchange, state.spec.round.inner_steps, state.plan
-    tokens = state.spec.train.tokens
-    return plan_exchange(
+    train = state.spec.train
+    run_steps = train.tokens / (state.spec.step_tokens * len(workers))
+    plan = plan_exchange(
         num_parameters=state.num_parameters,
         contributors=min(len(workers), exchange.max_contributors),
         links=_describe_links(state, workers),
@@ -20,12 +22,18 @@ def plan_round(state: State, workers: Collection[str]) -> ExchangePlan:
         codec=exchange.codec,
         options=exchange.codec_options,
         inner_steps=None if inner_steps == AUTO else inner_steps,
-        progress=state.tokens_credited / tokens,
-        run_steps=tokens / (state.spec.step_tokens * len(workers)),
+        progress=state.tokens_credited / train.tokens,
+        run_steps=run_steps,
         round_s=state.round_time_s,
         held_steps=before.inner_steps if before and before.round_s == state.round_time_s else None,
         overlap=exchange.overlap,
     )
+    if train.learning_rate != AUTO:
+        return plan
+    rate = choose_learning_rate(
+        train.optimizer, num_parameters=state.num_parameters, run_steps=run_steps, workers=len(workers)
+    )
+    return replace(plan, learning_rate=rate, reason=f"{plan.reason}; learning rate {rate:.2g}, {len(workers)} workers")
 
 
 def choose_contributors(state: State, workers: Collection[str]) -> set[str]:

@@ -76,10 +76,11 @@ def _count_ahead(state: State, num_units: int) -> int:
 
 def _announce(state: State, round_: Round) -> list[Effect]:
     before, state.plan = state.plan, round_.plan
-    if before and (before.codec, before.options, before.inner_steps) == (
+    if before and (before.codec, before.options, before.inner_steps, before.learning_rate) == (
         round_.plan.codec,
         round_.plan.options,
         round_.plan.inner_steps,
+        round_.plan.learning_rate,
     ):
         return []
     return [AnnouncePlan(round=round_.index, reason=round_.plan.reason)]
@@ -100,6 +101,7 @@ def grant_lease(round_: Round, lease: LeaseRecord, now_s: float) -> GrantLease:
         codec_options=round_.plan.options,
         contribute=lease.status is not LeaseStatus.ASIDE,
         ahead=tuple(lease.ahead),
+        learning_rate=round_.plan.learning_rate,
     )
 
 
@@ -188,6 +190,7 @@ def _close(state: State, round_: Round, credits_: list[Credit], because: str, no
             closed_because=because,
             inner_steps=round_.plan.inner_steps,
             plan=round_.plan.reason,
+            learning_rate=round_.plan.learning_rate,
             tokens_after=state.tokens_credited,
             opened_s=round_.opened_s,
         )

@@ -32,7 +32,8 @@ BackendName = Literal["batched", "sequential", "ray"]
 class Job:
     """The inner steps of one peer: some whole shards (indices), the first ones of a lease.
 
-    tokens_before, round_tokens, lease_tokens: as in worker.trainer.Trainer.run_lease; the learning rate follows.
+    tokens_before, round_tokens, lease_tokens, highest_rate: as in worker.trainer.Trainer.run_lease; the learning rate
+    follows.
     turns: whether its momentum is turned towards the merge first.
     """
 
@@ -42,6 +43,7 @@ class Job:
     round_tokens: int
     lease_tokens: int
     turns: bool = False
+    highest_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,4 +98,6 @@ def learning_rates(job: Job, spec: RunSpec) -> tuple[float, ...]:
     """The rate of each of the job's inner steps (S,), as Trainer.run_lease uses it."""
     num_steps = len(job.shards) * spec.data.shard_steps
     shares = (min(1.0, (step + 0.5) * spec.step_tokens / max(job.lease_tokens, 1)) for step in range(num_steps))
-    return tuple(learning_rate_at(job.tokens_before + job.round_tokens * share, spec) for share in shares)
+    return tuple(
+        learning_rate_at(job.tokens_before + job.round_tokens * share, spec, job.highest_rate) for share in shares
+    )

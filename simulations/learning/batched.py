@@ -200,9 +200,9 @@ class BatchedBackend:
 
     def _gather_rates(self, jobs: Sequence[Job], num_steps: int) -> Vector:
         """float32 (S, P, 1). Most peers of a round share their rates, which are computed once."""
-        alike: dict[tuple[int, ...], list[int]] = {}
+        alike: dict[tuple[float | None, ...], list[int]] = {}
         for place, job in enumerate(jobs):
-            key = (len(job.shards), job.tokens_before, job.round_tokens, job.lease_tokens)
+            key = (len(job.shards), job.tokens_before, job.round_tokens, job.lease_tokens, job.highest_rate)
             alike.setdefault(key, []).append(place)
         rates = np.zeros((num_steps, len(jobs), 1), np.float32)
         for places in alike.values():

@@ -6,7 +6,6 @@ parameters together. Muon's Newton-Schulz iteration is batched over peers.
 Shape letters: P peers, D parameters, W values of state, M and N a matrix's sides.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from protocol.parameters import ParameterSlot, parameter_layout
 from protocol.run_spec import TrainSpec
 from simulations.learning.problem import Optimizer
-from worker.momentum import MUON_RMS, orthogonalize, turn
-from worker.optimizers import hidden_matrices
+from worker.momentum import WHOLE, direction, turn
+from worker.optimizers import find_cuts, hidden_matrices
 
 _ADAM_EPSILON = 1e-8
 _MUON_MOMENTUM = 0.95
@@ -40,7 +39,8 @@ class StackedOptimizer:
         self._is_sgd = name == "sgd"
         hidden = set(hidden_matrices(model)) if name == "muon" else set()
         slots = list(zip(parameter_layout(model), model.parameters(), strict=True))
-        self._matrices = [slot for slot, parameter in slots if parameter in hidden]
+        cuts = find_cuts(model)
+        self._matrices = [(slot, cuts.get(parameter, WHOLE)) for slot, parameter in slots if parameter in hidden]
         self._stretches = _join([slot for slot, parameter in slots if parameter not in hidden], train.weight_decay)
         self._num_parameters = sum(slot.size for slot, _ in slots)
         num_second = sum(slot.size for slot, parameter in slots if parameter not in hidden)
@@ -63,20 +63,20 @@ class StackedOptimizer:
                 rates,
                 state[:, -1:],
             )
-        for slot in self._matrices:
+        for slot, cut in self._matrices:
             shape = (len(parameters), *slot.shape)
             gradient, momentum = gradients[:, slot.range], first[:, slot.range]
             momentum.lerp_(gradient, 1.0 - _MUON_MOMENTUM)
-            update = orthogonalize(gradient.lerp(momentum, _MUON_MOMENTUM).view(shape))
+            update = direction(gradient.lerp(momentum, _MUON_MOMENTUM).view(shape), cut)
             weights = parameters[:, slot.range]
             weights.mul_(1.0 - rates * self._train.weight_decay)
-            weights.addcmul_(update.reshape(weights.shape), rates * (MUON_RMS * math.sqrt(max(slot.shape))), value=-1.0)
+            weights.addcmul_(update.reshape(weights.shape), rates, value=-1.0)
 
     def turn_momentum(self, state: Tensor, moved: Tensor, rate_sum: float) -> None:
         """As InnerOptimizer.turn_momentum, for P peers: state (P, W), in place; moved (D,)."""
-        for slot in self._matrices:
+        for slot, cut in self._matrices:
             momenta = state[:, slot.range].view(len(state), *slot.shape)
-            turn(momenta, moved[slot.range].view(slot.shape), rate_sum)
+            turn(momenta, moved[slot.range].view(slot.shape), rate_sum, cut)
 
     def _step_adamw(
         self,

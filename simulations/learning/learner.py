@@ -102,7 +102,7 @@ class TensorLearner:
             self.state = merge_into(self.state, merging, closed.divisor, self._outer)
             if self._problem.optimizer == "muon":
                 tokens = [credit.tokens for credit in closed.credits]
-                rate_sum = sum_rates(tokens, closed.tokens_after, self._problem.spec)
+                rate_sum = sum_rates(tokens, closed.tokens_after, self._problem.spec, closed.learning_rate)
                 self._merge = Merge(moved=before - self.state.theta, rate_sum=rate_sum)
         else:
             self.state = State(self.state.round + 1, self.state.theta, self.state.momentum)
@@ -176,6 +176,7 @@ class TensorLearner:
                 tokens_before=work.grant.tokens_before,
                 round_tokens=work.grant.round_tokens,
                 lease_tokens=len(work.grant.units) * self._problem.spec.shard_tokens,
+                highest_rate=work.grant.learning_rate,
                 turns=self._merge is not None and self._trained_from.get(work.grant.peer) == self.state.round - 1,
             )
             for work in works
@@ -202,6 +203,7 @@ class TensorLearner:
                 tokens_before=work.grant.tokens_before + work.grant.round_tokens,
                 round_tokens=0,
                 lease_tokens=len(work.grant.ahead) * self._problem.spec.shard_tokens,
+                highest_rate=work.grant.learning_rate,
             )
             for work in works
         ]

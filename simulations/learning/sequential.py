@@ -65,6 +65,7 @@ class SequentialBackend:
                 tokens_before=job.tokens_before,
                 round_tokens=job.round_tokens,
                 lease_tokens=job.lease_tokens,
+                highest_rate=job.highest_rate,
                 should_stop=lambda: False,
                 on_step=lambda _: None,
             )

@@ -126,6 +126,7 @@ def test_doctor_measures_the_model_and_gets_no_lease_when_it_joins(
     findings = examine(coordinator, tmp_path / "none", 0, "--join")
     assert not (tmp_path / "none").exists()
     assert findings["speed"]["figures"]["steps_per_s"] > 0
+    assert findings["optimizer"]["text"].endswith("of an inner step is muon's update")
     assert findings["download"]["figures"]["download_bps"] > 0
     assert findings["batch"]["figures"] == {"micro_batch": 4, "accumulation": 1}
     assert 0 < findings["share"]["figures"]["share"] <= 1

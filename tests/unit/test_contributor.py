@@ -229,12 +229,13 @@ async def test_momentum_is_turned_towards_the_merge_of_what_was_trained_and_towa
         base_digest=first.digest,
         contributions=(SimpleNamespace(payload_hash=HASH, peer="another", tokens=800),),
         tokens_after=50_000,
+        learning_rate=2 * SPEC.train.learning_rate,
     )
     await process.train()
     contributor.settle(cast(Any, merge))
     process.state = State(8, first.theta - np.float32(0.25))
     await process.train()
-    rate = learning_rate_at(50_000 - 400, SPEC)
+    rate = learning_rate_at(50_000 - 400, SPEC, merge.learning_rate)
     assert turned == [(pytest.approx(0.25, rel=1e-5), pytest.approx(800 / SPEC.step_tokens * rate))]
     process.state = State(9, first.theta)  # of a merge that this worker was not told of
     await process.train()

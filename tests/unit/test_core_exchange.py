@@ -113,6 +113,20 @@ def test_codec_and_steps_follow_the_measured_links_when_auto_is_asked_for() -> N
     assert run.closed[-1].inner_steps == plans[-2].inner_steps
 
 
+def test_leases_and_manifest_name_the_learning_rate_when_the_run_leaves_it_to_auto() -> None:
+    run = start("ann", "bob", train={"learning_rate": "auto"})
+    assert run.state.round is not None
+    rate = run.granted["ann"].learning_rate
+    assert rate is not None
+    assert rate == run.granted["bob"].learning_rate == run.state.round.plan.learning_rate
+    assert f"learning rate {rate:.2g}, 2 workers" in run.state.round.plan.reason
+    for name in ("ann", "bob"):
+        committed = run.commit(name)
+        run.send(ev.PayloadChecked(peer=name, payload_hash=committed.payload_hash, norm=1.0))
+    assert run.closed[-1].learning_rate == rate
+    assert start("ann").granted["ann"].learning_rate is None, "run.toml says it"
+
+
 @pytest.mark.parametrize("download_bps", [0.0, -5.0, 1e300])
 def test_claimed_download_speed_changes_nothing_but_the_plan_when_it_is_nonsense(download_bps: float) -> None:
     run = start("ann", "bob", exchange={"codec": "auto"})

@@ -52,6 +52,31 @@ def contribution(**changes: Any) -> Contribution:
     return Contribution(**{**fields, **changes})
 
 
+def lease(**changes: Any) -> Lease:
+    fields: dict[str, Any] = {
+        "run_id": RUN_ID,
+        "lease_id": 1,
+        "peer": PEER.peer_id,
+        "round": 0,
+        "base_digest": HASH,
+        "shards": (),
+        "steps_per_shard": 1,
+        "deadline_in_s": 60.0,
+        "tokens_before": 0,
+        "round_tokens": 4096,
+        "codec": "sign",
+        "codec_options": {},
+    }
+    return Lease(**{**fields, **changes})
+
+
+def test_learning_rate_is_in_a_lease_only_when_the_run_leaves_it_to_leases() -> None:
+    plain, rated = (sign(lease(learning_rate=rate), PEER) for rate in (None, 0.01))
+    assert b"learning_rate" not in plain.body, "a worker of the last protocol version refuses what it does not know"
+    assert open_signed(plain, Lease, signer=PEER.public_key).learning_rate is None
+    assert open_signed(rated, Lease, signer=PEER.public_key).learning_rate == 0.01
+
+
 def test_document_is_read_back_when_it_is_opened() -> None:
     document = contribution()
     assert open_signed(sign(document, PEER), Contribution, run_id=RUN_ID) == document

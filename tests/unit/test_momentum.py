@@ -1,5 +1,6 @@
 """Muon's momentum between rounds: what is turned, how far, and alike in the worker and in the simulator."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from protocol import parameters
 from protocol.run_spec import RunSpec
 from simulations.learning.digits import Digits
 from simulations.learning.inner import StackedOptimizer
-from worker.momentum import MUON_RMS, TURNED_SHARE, orthogonalize, turn
-from worker.optimizers import Muon, build_optimizer, learning_rate_at, sum_rates
+from worker.momentum import MUON_RMS, TURNED_SHARE, Cut, direction, orthogonalize, turn
+from worker.optimizers import Muon, build_optimizer, find_cuts, learning_rate_at, sum_rates
+from worker.tasks.causal_lm import CausalLM
 
 SHAPES = [(8, 8), (24, 8), (8, 24)]
 
@@ -76,12 +78,34 @@ def test_rates_are_those_of_the_mean_worker_as_it_is_weighed() -> None:
     rate = learning_rate_at(500_000 - 15 * step, spec)
     assert sum_rates([10 * step] * 3, 500_000, spec) == pytest.approx(10 * rate)
     assert sum_rates([20 * step, 10 * step], 500_000, spec) == pytest.approx((400 + 100) / 30 * rate)
+    assert sum_rates([10 * step] * 3, 500_000, spec, 2 * 8e-3) == pytest.approx(20 * rate)
     assert sum_rates([0], 500_000, spec) == 0.0  # what a manifest names is the coordinator's word
 
 
-def test_worker_and_simulator_turn_alike_and_nothing_but_muons_momentum() -> None:
+GPT2 = {"n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 32}
+
+
+def build_gpt2(seed: int) -> Any:
+    """Query, key and value of both heads in one matrix (16, 48), on its second axis."""
+    spec = RunSpec.model_validate({"model": {"architecture": "gpt2", "config": GPT2}, "data": {"sequence_length": 16}})
+    return CausalLM().build_model(spec, 17, seed)
+
+
+def test_query_key_and_value_in_one_matrix_are_orthogonalized_head_by_head() -> None:
+    model = build_gpt2(0)
+    cuts = {name: cut for name, parameter in model.named_parameters() if (cut := find_cuts(model).get(parameter))}
+    assert cuts == {"transformer.h.0.attn.c_attn.weight": Cut(6, 1)}
+    gradients = momenta((16, 48))
+    heads = [MUON_RMS * 16**0.5 * orthogonalize(part) for part in gradients.split(8, dim=2)]
+    torch.testing.assert_close(direction(gradients, Cut(6, 1)), torch.cat(heads, dim=2))
+    rows = [MUON_RMS * 16**0.5 * orthogonalize(part) for part in gradients.mT.split(8, dim=1)]
+    torch.testing.assert_close(direction(gradients.mT, Cut(6, 0)), torch.cat(rows, dim=1))
+
+
+@pytest.mark.parametrize("build", [lambda seed: Digits().build_model(RunSpec(), 17, seed), build_gpt2])
+def test_worker_and_simulator_turn_alike_and_nothing_but_muons_momentum(build: Callable[[int], Any]) -> None:
     spec = RunSpec.model_validate({"train": {"optimizer": "muon", "learning_rate": 0.01}})
-    models = [Digits().build_model(spec, 17, seed) for seed in range(2)]
+    models = [build(seed) for seed in range(2)]
     workers = [build_optimizer(model, spec.train) for model in models]
     stacked = torch.from_numpy(np.stack([parameters.flatten(model) for model in models]))
     simulated = StackedOptimizer("muon", models[0], spec.train)
@@ -114,10 +138,12 @@ def test_worker_and_simulator_turn_alike_and_nothing_but_muons_momentum() -> Non
 def test_muon_is_that_of_torch_but_for_its_bfloat16() -> None:
     given = torch.from_numpy(np.random.default_rng(2).standard_normal((3, 24, 16), dtype=np.float32))
     ends = []
-    for kind in (Muon, torch.optim.Muon):
+    options: Any = {"weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    makers = (lambda weight: Muon([weight], {}, 0.1), lambda weight: torch.optim.Muon([weight], **options))
+    for make in makers:
         weight = torch.nn.Parameter(given[0].clone())
-        options: Any = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
-        optimizer = kind([weight], **options)
+        optimizer = make(weight)
+        optimizer.param_groups[0]["lr"] = 0.02
         for gradient in given[1:]:
             weight.grad = gradient.clone()
             optimizer.step()

@@ -1,6 +1,6 @@
 """The choice of codec and inner steps: fits the link, prefers what learns, and says why."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.codecs import get_codec
-from protocol.policy import CHOICES, ExchangePlan, Links, plan_exchange
+from protocol.policy import CHOICES, ExchangePlan, Links, choose_learning_rate, plan_exchange
 
 
 def plan(
@@ -138,6 +138,23 @@ def test_overlap_keeps_half_of_the_steps_when_the_exchange_takes_longer_than_the
     assert beside.inner_steps == apart.inner_steps - apart.inner_steps // 2
 
 
+@pytest.mark.parametrize("round_s", [None, 123.456])
+def test_reason_leaves_room_in_a_manifest_whatever_the_run(round_s: float | None) -> None:
+    for num_parameters, contributors, up_mbps in product((10**5, 7 * 10**10), (2, 99_999), (1e-3, 7.77, 1e5)):
+        for step_s, run_steps, overlap in product((0.001, 1234.5), (5.0, 300.0, 1e9), (True, False)):
+            chosen = plan(
+                num_parameters=num_parameters,
+                contributors=contributors,
+                up_mbps=up_mbps,
+                down_mbps=4.7 * up_mbps,
+                step_s=step_s,
+                run_steps=run_steps,
+                round_s=round_s,
+                overlap=overlap,
+            )
+            assert len(f"{chosen.reason}; learning rate 0.0123, 99999 workers") < 300
+
+
 def test_reason_names_share_and_link() -> None:
     reason = plan().reason
     assert "%" in reason
@@ -215,3 +232,15 @@ def test_steps_are_held_when_the_time_gives_nearly_the_same() -> None:
     unmeasured: dict[str, Any] = {"codec": "int2", "up_mbps": None, "down_mbps": None}
     assert plan(**unmeasured, round_s=50.0, held_steps=95).inner_steps == 95
     assert plan(**unmeasured, round_s=50.0, held_steps=85).inner_steps == 100
+
+
+def test_learning_rate_falls_with_size_and_length_and_rises_with_the_workers_for_some() -> None:
+    def rate(optimizer: str = "muon", num_parameters: int = 10**7, run_steps: float = 300, workers: int = 1) -> float:
+        return choose_learning_rate(optimizer, num_parameters=num_parameters, run_steps=run_steps, workers=workers)
+
+    assert rate() > rate(run_steps=1_000) > rate(run_steps=10_000) == rate(run_steps=1e9) > 0.0
+    assert rate(run_steps=1) == rate(), "a few steps do not make it high"
+    assert rate(num_parameters=10**9) < rate() / 5
+    assert rate() < rate(workers=2) < rate(workers=8) == rate(workers=1000)
+    assert rate("adamw") < rate()
+    assert rate(num_parameters=1, workers=1000) < 0.1

@@ -6,7 +6,12 @@ from protocol.run_spec import RunSpec, parse_run_spec
 from protocol.run_template import render_spec, render_template
 
 RECOMMENDED = RunSpec.model_validate(
-    {"exchange": {"codec": "auto"}, "round": {"inner_steps": "auto"}, "outer": {"optimizer": "average"}}
+    {
+        "train": {"learning_rate": "auto"},
+        "exchange": {"codec": "auto"},
+        "round": {"inner_steps": "auto"},
+        "outer": {"optimizer": "average"},
+    }
 )
 
 

@@ -232,6 +232,7 @@ def test_benchmark_leaves_parameters_and_optimizer_as_they_were(tmp_path: Path) 
     before = parameters.flatten(trainer.model).tobytes()
     trainer.save_optimizer(tmp_path / "before")
     assert trainer.benchmark(0.0) > 0.0
+    assert 0.0 < trainer.optimizer_share < 1.0
     trainer.save_optimizer(tmp_path / "after")
     assert parameters.flatten(trainer.model).tobytes() == before
     assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
@@ -271,6 +272,15 @@ def test_learning_rate_rises_falls_and_stays() -> None:
     assert rates == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2, 0.2])
     assert learning_rate_at(0, make_spec(warmup_fraction=0.0, learning_rate=1.0)) == 1.0
     assert learning_rate_at(10_000, make_spec(warmup_fraction=1.0, learning_rate=1.0)) == pytest.approx(0.1)
+
+
+def test_learning_rate_is_the_leases_when_it_names_one() -> None:
+    spec = make_spec(tokens=1000, learning_rate=1.0, warmup_fraction=0.1)
+    auto = make_spec(tokens=1000, learning_rate="auto", warmup_fraction=0.1)
+    assert learning_rate_at(100, auto, 0.5) == learning_rate_at(100, spec, 0.5) == 0.5
+    assert learning_rate_at(50, spec, None) == 0.5
+    with pytest.raises(VerificationError, match="names none"):
+        learning_rate_at(100, auto)
 
 
 def test_learning_rate_follows_the_whole_runs_tokens_when_the_lease_is_a_part() -> None:

@@ -34,6 +34,7 @@ from worker.trainer import Trainer
 
 TRANSFER_S = 3.0
 BENCHMARK_S = 3.0
+DEAR_OPTIMIZER_SHARE = 0.3  # of an inner step
 ENOUGH_BYTES = 32 << 20  # for a download that is worth a number
 STATE_COPIES = 6  # vectors of float32 beside the trainer's: θ, error feedback, two of work, and two while merging
 TRAINER_COPIES = 4  # before it is measured: weights, gradients, the optimizer's two
@@ -117,7 +118,13 @@ def check_model(seen: Visit, device: torch.device) -> tuple[list[Finding], float
         advice = "`pip install --upgrade manyhands` may know this model"
         return [Finding(topic="model", level=Level.PROBLEM, text=str(error), advice=advice)], 0.0
     training_bytes = max(0, _used_bytes(device) - before_bytes)
-    return [_speed(trainer, steps_per_s), _batch(trainer), _memory(model, genesis, training_bytes, device)], steps_per_s
+    findings = [
+        _speed(trainer, steps_per_s),
+        _optimizer(trainer),
+        _batch(trainer),
+        _memory(model, genesis, training_bytes, device),
+    ]
+    return findings, steps_per_s
 
 
 def _speed(trainer: Trainer, steps_per_s: float) -> Finding:
@@ -130,6 +137,17 @@ def _speed(trainer: Trainer, steps_per_s: float) -> Finding:
         advice = "a round would take over an hour; a faster device, or more threads"
         return Finding(topic="speed", level=Level.ATTENTION, text=text, advice=advice, figures=figures)
     return Finding(topic="speed", level=Level.OK, text=text, figures=figures)
+
+
+def _optimizer(trainer: Trainer) -> Finding:
+    """What the inner optimizer costs. Muon's part does not grow with the batch, and AdamW learns far less a step."""
+    name, share = trainer.spec.train.optimizer, trainer.optimizer_share
+    text = f"{share:.0%} of an inner step is {name}'s update"
+    figures: dict[str, float | int | str] = {"optimizer": name, "optimizer_share": round(share, 3)}
+    if share > DEAR_OPTIMIZER_SHARE:
+        advice = "for the run's operator: a larger train.batch_sequences spreads it over more tokens"
+        return Finding(topic="optimizer", level=Level.ATTENTION, text=text, advice=advice, figures=figures)
+    return Finding(topic="optimizer", level=Level.OK, text=text, figures=figures)
 
 
 def _batch(trainer: Trainer) -> Finding:
