@@ -21,7 +21,7 @@ UPLOADS_MBPS = (5, 20, 100)
 MIDDLE_MBPS = 20
 DOWN_OVER_UP = 5
 UNEVEN = (1.0, 0.6, 0.3, 0.1)  # of the fastest; the median is as fast as in the other arms
-RATES = {"adamw": (3e-3, 6e-3), "muon": (6e-3, 1e-2, 2e-2, 3e-2)}
+RATES = {"adamw": (3e-3, 6e-3), "muon": (6e-3, 1e-2, 1.5e-2, 2e-2, 3e-2)}
 ADAMW_WARMUP = 0.3  # of the run: in runs this short AdamW wants it, Muon does not (docs/convergence.md)
 LONG_STEPS = 500  # H of DiLoCo as published, for runs of at least two such rounds
 
