@@ -149,6 +149,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    if options.pictures is not None:
+        options.pictures.mkdir(parents=True, exist_ok=True)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     console.print("learning rates:", {name: list(rates) for name, rates in RATES.items()}, highlight=False)
