@@ -270,9 +270,7 @@ class Contributor:
             on_step(step)
 
         steps_done = held.facts.steps_done if held else 0
-        result = self._run(
-            lease, lease.shards, lease.tokens_before, lease.round_tokens, should_stop, note_step, steps_done
-        )
+        result = self._run(lease, should_stop, note_step, steps_done=steps_done)
         weights = parameters.flatten(self._trainer.model, into=self._weights)
         if lease.ahead and self._saved.is_due:  # its steps go on before this can be written
             self._optimizer_state = self._trainer.optimizer.state(copy=True)
@@ -330,24 +328,25 @@ class Contributor:
         self, lease: Lease, state: State, should_stop: Callable[[], bool], on_step: Callable[[StepReport], None]
     ) -> None:
         parameters.move_towards(self._trainer.model, state.theta, 1.0 - OWN_SHARE)
-        result = self._run(lease, lease.ahead, lease.tokens_before + lease.round_tokens, 0, should_stop, on_step)
+        result = self._run(lease, should_stop, on_step, is_ahead=True)
         self._is_ahead, self._lead_shards = True, lease.ahead[: result.shards_done]
 
     def _run(
         self,
         lease: Lease,
-        refs: Sequence[ShardRef],
-        tokens_before: int,
-        round_tokens: int,
         should_stop: Callable[[], bool],
         on_step: Callable[[StepReport], None],
+        *,
+        is_ahead: bool = False,
         steps_done: int = 0,
     ) -> TrainResult:
+        """The lease's own shards, or those to go on with, at the learning rate of the round's end."""
+        refs = lease.ahead if is_ahead else lease.shards
         set_threads(self._threads())  # of this very thread
         result = self._trainer.train(
             [self._rows[self._shard_hashes[ref.index]] for ref in refs],
-            tokens_before=tokens_before,
-            round_tokens=round_tokens,
+            tokens_before=lease.tokens_before + (lease.round_tokens if is_ahead else 0),
+            round_tokens=0 if is_ahead else lease.round_tokens,
             lease_tokens=len(refs) * self._genesis.spec.shard_tokens,
             highest_rate=lease.learning_rate,
             should_stop=should_stop,
