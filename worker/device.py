@@ -25,6 +25,7 @@ _MAX_NAME_LENGTH = 64  # what a join request may carry
 _AUTOCAST_GAIN = 0.9  # autocast is taken when its step needs at most this share of the time: bfloat16 costs accuracy
 _MEASURE_BUDGET_S = 1.0
 _NAMES = ("auto", "cpu", "cuda", "mps")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, MPS; the CPU's allocators
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -71,6 +72,13 @@ def set_threads(num_threads: int | None = None) -> int:
     chosen = num_threads or count_cores()
     torch.set_num_threads(chosen)
     return chosen
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of torch's says that a device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+    )
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from protocol import parameters
 from protocol.errors import DeviceMemoryError, DivergedError, VerificationError
 from protocol.run_spec import RunSpec
 from worker.compiling import Loss, choose_loss, describe_failure
-from worker.device import autocast, measure_autocast, seeded, synchronize
+from worker.device import autocast, is_out_of_memory, measure_autocast, seeded, synchronize
 from worker.governor.preferences import CompileMode
 from worker.optimizers import InnerOptimizer, build_optimizer, learning_rate_at
 from worker.tasks import TASKS, Task
@@ -38,7 +38,6 @@ _MAX_BAD_STEPS = 3  # in a row
 _DIVERGED = "the lease gave no finite result; lower train.learning_rate"
 _STEPS_IF_AUTO = 100  # of a lease whose length follows the links, about
 _SLEEP_S = 0.1  # a throttled worker looks this often whether it should stop
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, MPS; the CPU's allocators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,13 +232,11 @@ class Trainer:
             deadline_s = time.perf_counter() + seconds
             while len(durations_s) < 2 or time.perf_counter() < deadline_s:
                 durations_s.append(self._make_step(rows, scratch, 0.0).compute_s)
-            started_s = time.perf_counter()
+            step_s, started_s = statistics.median(durations_s), time.perf_counter()
             scratch.step(0.0)
             synchronize(self.device)
-            update_s = time.perf_counter() - started_s
+            self.optimizer_share = min(1.0, (time.perf_counter() - started_s) / step_s)
         scratch.zero_grad()
-        step_s = statistics.median(durations_s)
-        self.optimizer_share = min(1.0, update_s / step_s)
         return 1.0 / step_s
 
     def save_optimizer(self, path: Path) -> None:
@@ -290,7 +287,7 @@ class Trainer:
             try:
                 optimizer.step(learning_rate)
             except RuntimeError as error:
-                if _is_out_of_memory(error):
+                if is_out_of_memory(error):
                     raise DeviceMemoryError(f"{self.device} has no room for the optimizer's state") from error
                 raise
         synchronize(self.device)
@@ -302,11 +299,11 @@ class Trainer:
             try:
                 return self._accumulate(rows)
             except Exception as error:  # a compiler's may be any
-                if self.compiled_loss is not None and not _is_out_of_memory(error):
+                if self.compiled_loss is not None and not is_out_of_memory(error):
                     log.warning("the model is no longer compiled", reason=describe_failure(error))
                     self.compiled_loss = None
                     continue
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if self.micro_batch == 1:
                     message = f"{self.device} has no room for one sequence of {rows.shape[1] - 1} tokens"
@@ -401,9 +398,3 @@ def _sleep(duration_s: float, should_stop: Callable[[], bool]) -> None:
     deadline_s = time.perf_counter() + duration_s
     while (left_s := deadline_s - time.perf_counter()) > 0 and not should_stop():
         time.sleep(min(left_s, _SLEEP_S))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, torch.OutOfMemoryError) or any(text in str(error).lower() for text in _OUT_OF_MEMORY)
-    )
