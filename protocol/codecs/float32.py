@@ -38,6 +38,6 @@ class Float32Codec(PiecewiseCodec):
             raise PayloadError(f"{len(body)} bytes of float32 for {header.num_parameters} parameters")
         for start in range(0, header.num_parameters, PIECE_VALUES):
             stop = min(start + PIECE_VALUES, header.num_parameters)
-            values = np.frombuffer(body[4 * start : 4 * stop], "<f4")
+            values = np.frombuffer(body, "<f4", stop - start, 4 * start)
             check_decoded(values)
             yield Piece(slice(start, stop), slice(None), values)

@@ -50,7 +50,7 @@ class Piece(NamedTuple):
     def add_to(self, part: Vector, factor: np.float32) -> None:
         """`part`, which is vector[span], += factor * values: one multiply and one add, both rounded to float32."""
         if isinstance(self.where, slice):
-            part[self.where] += factor * self.values
+            part += factor * self.values  # all of it
         else:
             np.add.at(part, self.where, factor * self.values)  # faster than taking, adding and putting back
 

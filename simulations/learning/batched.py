@@ -1,9 +1,9 @@
 """All peers of a chunk at once: torch.func.vmap over the peers, on one flat row of parameters each.
 
 The step of a small model is a few dozen tiny operations, and vmap's own work costs more than they do. So the batched
-step is recorded once for every number of peers (make_fx) and the plain record is run; a model that cannot be recorded,
-because it looks at its numbers on the way, goes through vmap every time. Chunks are padded to few different sizes, so
-that few records are made.
+step is recorded once for every number of peers (simulations.learning.record) and the record is run; a model that
+cannot be recorded, because it looks at its numbers on the way, goes through vmap every time. Chunks are padded to few
+different sizes, so that few records are made.
 
 With Muon two GPU backends do not agree for long: its bfloat16 turns differences of 1e-7 into ones of 1e-3, and so does
 the worker's trainer when its own start is moved by as little. On equal gradients the steps are equal.
@@ -16,7 +16,6 @@ Invariants: results do not depend on what was computed before; dropout's random 
 Shape letters: P peers, D parameters, S inner steps, B sequences in a step, C columns.
 """
 
-import logging
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,15 +24,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.func import functional_call, grad_and_value, vmap
-from torch.fx import GraphModule, Node
 
 from protocol.errors import DivergedError
 from protocol.parameters import count_parameters, parameter_layout
 from simulations.learning.backend import Job, Merge, Trained, Vector, learning_rates
 from simulations.learning.inner import StackedOptimizer
 from simulations.learning.problem import Problem
+from simulations.learning.record import Step, record_step
 from simulations.learning.stores import PeerVectors
 from worker.device import seeded
 
@@ -43,15 +41,6 @@ CACHE_PEERS = 8  # fewer than so many
 MAX_CHUNK = 4096
 MAX_BAD_STEPS = 3  # in a row, as in worker.trainer
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
-
-_RESHAPING = (
-    torch.ops.aten.view.default,
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.expand.default,
-)
-
-# parameters (P, D), rows (P, B, C) -> gradients (P, D) or columns of them, losses (P,)
-Step = Callable[[Tensor, Tensor], tuple[Tensor | Sequence[Tensor], Tensor]]
 
 
 class BatchedBackend:
@@ -116,15 +105,16 @@ class BatchedBackend:
             self._optimizer.turn_momentum(turned, self._to_device(merge.moved), merge.rate_sum)
             state[turning] = turned
         losses = np.full((num_steps, num_peers), np.nan)
-        bad = np.zeros(num_peers, np.int64)
         for step in range(num_steps):
             active = int((counts > step).sum())
             gradients, loss = self._compute(parameters, rows(step), active)
-            good = self._update(parameters[:active], gradients, loss, state[:active], rates[step, :active])
-            losses[step, :active] = good
-            bad[:active] = np.where(np.isnan(good), bad[:active] + 1, 0)
-            if bad.max() == MAX_BAD_STEPS:
-                raise DivergedError(f"{peers[int(bad.argmax())]} came to no finite loss; lower train.learning_rate")
+            losses[step, :active] = self._update(
+                parameters[:active], gradients, loss, state[:active], rates[step, :active]
+            )
+            if step + 1 >= MAX_BAD_STEPS:
+                bad = np.isnan(losses[step + 1 - MAX_BAD_STEPS : step + 1, :active]).all(axis=0)
+                if bad.any():
+                    raise DivergedError(f"{peers[int(bad.argmax())]} came to no finite loss; lower train.learning_rate")
         if self._optimizer.state_size:
             self._states.write(peers, state.cpu().numpy())
         return parameters[:num_peers], losses
@@ -133,11 +123,11 @@ class BatchedBackend:
         self, parameters: Tensor, gradients: Tensor, losses: Tensor, state: Tensor, rates: Tensor
     ) -> NDArray[np.float32]:
         """Clip and step, in place, where loss and gradient are finite; returns the losses, (P,), NaN elsewhere."""
-        norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-        losses_p, norms_p = torch.stack((losses, norms[:, 0])).cpu().numpy()  # waits for a GPU once
+        norms = torch.linalg.vector_norm(gradients, dim=1)
+        losses_p, norms_p = torch.stack((losses, norms)).cpu().numpy()  # waits for a GPU once
         is_good: NDArray[np.bool_] = np.isfinite(losses_p) & np.isfinite(norms_p)
         if (norms_p > self._clip - _CLIP_EPSILON).any():
-            gradients.mul_((self._clip / (norms + _CLIP_EPSILON)).clamp_(max=1.0))
+            gradients.mul_((self._clip / (norms + _CLIP_EPSILON)).clamp_(max=1.0)[:, None])
         if is_good.all():
             self._optimizer.step(parameters, gradients, state, rates)
         else:
@@ -152,30 +142,18 @@ class BatchedBackend:
         size = _padded(active) if self._can_record else active
         parameters, rows = parameters[:size], rows[:size]
         if self._can_record and size not in self._recorded:
-            self._record(size, parameters, rows)
+            with seeded(self._device, 0):  # recording draws random numbers, which are not the step's
+                record = record_step(self._vmapped, parameters, rows)
+            if record is None:
+                self._can_record = False
+            else:  # `forward`: without a module's checks
+                self._recorded[size] = torch.inference_mode()(record.forward)
         gradients, losses = self._recorded.get(size, self._vmapped)(parameters, rows)
         if not isinstance(gradients, Tensor):  # put together in memory that is there: new memory would cost more
             if len(self._gradients) < size:
                 self._gradients = parameters.new_empty(parameters.shape)
             gradients = torch.cat(list(gradients), dim=1, out=self._gradients[:size])
         return gradients[:active], losses[:active]
-
-    def _record(self, size: int, parameters: Tensor, rows: Tensor) -> None:
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        logger = logging.getLogger("torch.fx")
-        level = logger.level
-        logger.setLevel(logging.CRITICAL)  # what cannot be recorded is no error here
-        try:
-            with seeded(self._device, 0):  # recording draws random numbers, which are not the step's
-                record = make_fx(self._vmapped)(parameters, rows)
-        except Exception:  # torch raises whatever the model's operations do
-            self._can_record = False
-            return
-        finally:
-            logger.setLevel(level)
-        _simplify(record)
-        self._recorded[size] = record.forward  # without the checks of a module
 
     def _gather_rows(self, jobs: Sequence[Job]) -> Callable[[int], Tensor]:
         """A step's rows, int64 (P, B, C); some are never used: where a peer makes no step, and what `_pad` adds."""
@@ -267,45 +245,9 @@ def _batch_step(problem: Problem, model: nn.Module) -> Step:
     return step
 
 
-def _simplify(record: GraphModule) -> None:
-    """Take out the operations that give what is there already; vmap leaves many. Leave the gradients in their parts."""
-    operations = [node for node in record.graph.nodes if isinstance(node.target, OpOverload)]
-    known: dict[tuple[object, str], Node] = {}
-    for node in operations if not any(node.target._schema.is_mutable for node in operations) else ():
-        same = _known_already(node)
-        if same is None and torch.Tag.nondeterministic_seeded not in node.target.tags:
-            same = known.setdefault((node.target, f"{node.args} {node.kwargs}"), node)
-        if same not in (None, node):
-            node.replace_all_uses_with(same)
-    output = next(node for node in record.graph.nodes if node.op == "output")
-    gradients, losses = output.args[0]
-    if gradients.target is torch.ops.aten.cat.default:
-        output.args = ((gradients.args[0], losses),)
-    record.graph.eliminate_dead_code()
-    record.recompile()
-
-
-def _known_already(node: Node) -> Node | None:
-    """The node whose result this one only repeats."""
-    given = node.args[0] if node.args else None
-    if not isinstance(given, Node):
-        return None
-    before, after = given.meta.get("tensor_meta"), node.meta.get("tensor_meta")
-    if before is None or after is None:
-        return None
-    if node.target is torch.ops.aten.mul.Scalar and node.args[1] == 1 and before.dtype == after.dtype:
-        return given
-    if node.target in _RESHAPING and before.shape == after.shape:
-        return given
-    origin = given.args[0] if given.args else None
-    if node.target is torch.ops.aten.transpose.int and given.target is node.target and given.args[1:] == node.args[1:]:
-        return origin if isinstance(origin, Node) else None  # transposed and back
-    return None
-
-
 def _padded(num_peers: int) -> int:
-    """At most an eighth more: eight sizes from a power of two to the next."""
-    unit = 1 << max(0, num_peers.bit_length() - 4)
+    """At most a sixteenth more: sixteen sizes from a power of two to the next."""
+    unit = 1 << max(0, num_peers.bit_length() - 5)
     return -(-num_peers // unit) * unit
 
 

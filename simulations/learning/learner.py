@@ -152,37 +152,44 @@ class TensorLearner:
     def _train_chunk(self, works: Sequence[Work]) -> None:
         peers = [work.grant.peer for work in works]
         attackers = [place for place, peer in enumerate(peers) if peer in self._attacks]
-        residuals = self._residuals.read(peers)
-        residuals[attackers] = 0.0
+        residuals = None
+        if any(peer in self._leads or peer in self._residuals for peer in peers):
+            residuals = self._residuals.read(peers)
+            residuals[attackers] = 0.0
         trained, displacements = self._run(works, residuals)
-        residuals *= np.float32(self._problem.spec.exchange.error_feedback_decay - KEPT_SHARE)
-        residuals += displacements
+        if residuals is None:
+            residuals = displacements
+        else:
+            residuals *= np.float32(self._problem.spec.exchange.error_feedback_decay - KEPT_SHARE)
+            residuals += displacements
         self._residuals.write(peers, residuals)
         self._losses.update(zip(peers, trained.mean_losses.tolist(), strict=True))
         ahead = [place for place, work in enumerate(works) if work.num_ahead > 0]
         if ahead:
             self._run_ahead([works[place] for place in ahead], displacements[ahead])
 
-    def _run(self, works: Sequence[Work], residuals: Vector) -> tuple[Trained, Vector]:
+    def _run(self, works: Sequence[Work], residuals: Vector | None) -> tuple[Trained, Vector]:
         """The works' own shards; also θ minus where each peer has come to, (P, D), what it was ahead included.
 
-        residuals, (P, D): the peers' error feedback, part of which is in where they begin.
+        residuals, (P, D): the peers' error feedback, part of which is in where they begin. None: all begin at θ.
         """
         peers = [work.grant.peer for work in works]
+        shard_tokens, last_round = self._problem.spec.shard_tokens, self.state.round - 1
         jobs = [
             Job(
-                peer=work.grant.peer,
-                shards=tuple(index for _, index in work.grant.units[: work.num_units]),
-                tokens_before=work.grant.tokens_before,
-                round_tokens=work.grant.round_tokens,
-                lease_tokens=len(work.grant.units) * self._problem.spec.shard_tokens,
-                highest_rate=work.grant.learning_rate,
-                turns=self._merge is not None and self._trained_from.get(work.grant.peer) == self.state.round - 1,
+                peer=grant.peer,
+                shards=tuple([index for _, index in grant.units[: work.num_units]]),
+                tokens_before=grant.tokens_before,
+                round_tokens=grant.round_tokens,
+                lease_tokens=len(grant.units) * shard_tokens,
+                highest_rate=grant.learning_rate,
+                turns=self._merge is not None and self._trained_from.get(grant.peer) == last_round,
             )
             for work in works
+            for grant in (work.grant,)
         ]
         self._trained_from.update(dict.fromkeys(peers, self.state.round))
-        if not any(peer in self._leads or peer in self._residuals for peer in peers):
+        if residuals is None:
             trained = self._backend.train(self.state.theta, jobs, self._merge)
             return trained, trained.pseudo_gradients
         starts = round_start(self.state.theta, residuals, out=np.empty_like(residuals))
@@ -237,7 +244,8 @@ class TensorLearner:
 
 def _norm(vector: Vector) -> float:
     """What `Codec.inspect` gives for a lossless payload of the vector, which `Codec.encode` has checked."""
-    return math.sqrt(np.square(vector, dtype=np.float64).sum())
+    wide = vector.astype(np.float64)
+    return math.sqrt(np.square(wide, out=wide).sum())
 
 
 @cache

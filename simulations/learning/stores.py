@@ -83,8 +83,11 @@ class PeerVectors:
 
     def write(self, peers: Sequence[str], rows: Rows) -> None:
         """Keep rows (P, W). Raises DiskFullError."""
-        for peer, row in zip(peers, rows, strict=True):
-            slot = self._slot(peer)
+        slots = [self._slot(peer) for peer in peers]
+        if max(slots, default=0) < self._most_rows:
+            self._rows[slots] = rows
+            return
+        for slot, row in zip(slots, rows, strict=True):
             if slot < self._most_rows:
                 self._rows[slot] = row
             else:
