@@ -119,7 +119,7 @@ class ByHand:
 
     def train(self, worker: int, batches: Tensor, before: int, round_tokens: int) -> Tensor:
         """Its steps from θ - e/4; returns what it sends, decoded, which e has lost."""
-        start = self.theta - 0.25 * self.residuals[worker]
+        start = self.theta - 0.4 * self.residuals[worker]
         self.put(start)
         for optimizer, state in zip(self.optimizers[worker], self.states[worker], strict=True):
             optimizer.load_state_dict(state)
