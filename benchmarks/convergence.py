@@ -198,7 +198,7 @@ def measure_step_ms(base: RunSpec, vocabulary_size: int) -> dict[str, Figure]:
         name: Trainer(change(base, train={"optimizer": name}), vocabulary_size, DEVICE).benchmark(BENCHMARK_S)
         for name in names
     }
-    return {f"{name}_ms_per_step": 1e3 / speeds[name] for name in names}
+    return {f"{name}_ms_per_step": 1e3 / speeds[name].steps_per_s for name in names}
 
 
 def show(console: Console, arms: Mapping[str, Arm], results: Mapping[str, Result]) -> None:

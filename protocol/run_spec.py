@@ -96,7 +96,10 @@ class RoundSpec(Section):
     deadline_factor: Annotated[float, Field(ge=1.0, le=100.0)] = Field(
         2.0, description="deadline = expected compute time times this, plus exchange_s"
     )
-    exchange_s: Positive = Field(10.0, description="time that encoding and sending may take")
+    exchange_s: Positive = Field(
+        10.0,
+        description="time that encoding and sending may take; twice as much after a round that nothing reached in time",
+    )
     merge_timeout_s: Positive = Field(20.0, description="how long the next round waits for slow mergers")
     heartbeat_timeout_s: Positive = Field(15.0, description="silence after which a peer counts as gone")
 

@@ -34,7 +34,7 @@ def measure_steps_per_s(spec: RunSpec) -> float:
     """Inner steps a second of one worker with one thread."""
     set_threads(1)
     trainer = Trainer(spec, load_tokenizer(spec.data.tokenizer).vocabulary_size, choose_device("cpu"))
-    return trainer.benchmark(BENCHMARK_S)
+    return trainer.benchmark(BENCHMARK_S).steps_per_s
 
 
 def train_alone(folder: RunFolder, num_steps: int, console: Console) -> AloneResult:

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -73,6 +74,13 @@ class LeaseResult(TrainResult):
     pseudo_gradient: NDArray[np.float32]  # (D,)
 
 
+class Speed(NamedTuple):
+    """Inner steps a second, and the share of a step's time that the optimizer's update takes."""
+
+    steps_per_s: float
+    optimizer_share: float
+
+
 class Trainer:
     """A model, its inner optimizer, and the device they live on.
 
@@ -98,7 +106,6 @@ class Trainer:
         self.micro_batch = min(micro_batch or spec.train.batch_sequences, spec.train.batch_sequences)
         self.autocast_dtype: torch.dtype | None = None
         self.compiled_loss: Loss | None = None
-        self.optimizer_share = 0.0  # of an inner step's time, as `benchmark` measured it
         if model_config is None:
             model = task.build_model(spec, vocabulary_size, spec.seed)
         else:
@@ -217,11 +224,11 @@ class Trainer:
             self.model.train(was_training)
         return total / len(rows)
 
-    def benchmark(self, seconds: float) -> float:
-        """Inner steps a second on random tokens: the median step of about so many seconds, after a warm-up step.
+    def benchmark(self, seconds: float) -> Speed:
+        """On random tokens: the median step of about so many seconds, after a warm-up step.
 
         Parameters and optimizer state are left as they were: the steps are made by a passing optimizer of the same
-        kind at learning rate 0. Also sets `optimizer_share`. Raises DeviceMemoryError.
+        kind at learning rate 0. Raises DeviceMemoryError.
         """
         scratch = build_optimizer(self.model, self.spec.train)
         rows = self._random_rows(self.spec.train.batch_sequences)
@@ -235,9 +242,9 @@ class Trainer:
             step_s, started_s = statistics.median(durations_s), time.perf_counter()
             scratch.step(0.0)
             synchronize(self.device)
-            self.optimizer_share = min(1.0, (time.perf_counter() - started_s) / step_s)
+            share = min(1.0, (time.perf_counter() - started_s) / step_s)
         scratch.zero_grad()
-        return 1.0 / step_s
+        return Speed(1.0 / step_s, share)
 
     def save_optimizer(self, path: Path) -> None:
         """Write the inner optimizer's state, a safetensors file, in one step. Raises DiskFullError."""

@@ -59,7 +59,7 @@ def begin(state: State, round_: Round, credits_: Sequence[Credit], because: str,
     salt = sha256_hex("".join(credit.payload_hash for credit in credits_).encode())
     dealt = sorted(credits_, key=lambda credit: sha256_hex((salt + credit.peer).encode()))
     round_.because = because
-    round_.deadline_s = now_s + state.spec.round.exchange_s
+    round_.deadline_s = now_s + state.exchange_s
     round_.groups = [
         Group(index=index, peers=sorted(credit.peer for credit in dealt[index::num_groups]))
         for index in range(num_groups)

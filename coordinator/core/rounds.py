@@ -39,7 +39,7 @@ def open_round(state: State, base_digest: str, now_s: float) -> list[Effect]:
         index=state.rounds_merged,
         base_digest=base_digest,
         opened_s=now_s,
-        deadline_s=now_s + expected_s * spec.round.deadline_factor + spec.round.exchange_s,
+        deadline_s=now_s + expected_s * spec.round.deadline_factor + state.exchange_s,
         expected_s=expected_s,
         tokens_before=state.tokens_credited,
         leased_tokens=num_units * spec.shard_tokens,
@@ -120,8 +120,12 @@ def close_if_due(state: State, now_s: float) -> list[Effect]:
         if lease.status is LeaseStatus.OPEN:
             peer = state.peers[lease.peer]
             leases.observe_speed(peer, lease.inner_steps, 2.0 * (now_s - lease.granted_s))
+    is_late = any(lease.status is LeaseStatus.COMMITTED for lease in round_.leases.values())
     effects = _carry_unsettled(state, round_, "late: the payload had not arrived when the round closed")
-    return [*effects, *_settle(state, round_, "deadline", now_s)]
+    effects += _settle(state, round_, "deadline", now_s)
+    if is_late and state.phase is Phase.WAITING_FOR_PEERS:  # void
+        state.late_rounds += 1
+    return effects
 
 
 def _carry_unsettled(state: State, round_: Round, reason: str) -> list[Effect]:

@@ -15,6 +15,8 @@ from protocol.policy import ExchangePlan
 from protocol.run_spec import RunSpec
 
 Unit = tuple[int, int]  # (pass over the data, shard index)
+# What an exchange is allowed at most, unless the spec says more: a peer whose payload never ends must not hold a round.
+MAX_EXCHANGE_S = 3600.0
 
 
 class Phase(StrEnum):
@@ -181,6 +183,7 @@ class State:
     round: Round | None = None
     plan: ExchangePlan | None = None  # of the last round that was opened
     round_time_s: float | None = None  # what the operator wants a round to take; None: as the spec says
+    late_rounds: int = 0  # void ones, in which a payload was still on its way when the deadline came
     peers: dict[str, Peer] = field(default_factory=dict)
     invites: dict[str, InviteRecord] = field(default_factory=dict)
     reports: dict[str, str] = field(default_factory=dict)  # peer -> digest after `rounds_merged` rounds
@@ -188,6 +191,19 @@ class State:
     wait_until_s: float | None = None  # the next round opens no sooner, unless no worker is awaited any more
     checkpoint_round: int = 0
     checkpoint_digest: str = ""
+
+    @property
+    def exchange_s(self) -> float:
+        """Time for encoding and sending in a round."""
+        return allow_exchange_s(self.spec.round.exchange_s, self.late_rounds)
+
+
+def allow_exchange_s(wanted_s: float, late_rounds: int) -> float:
+    """What the spec says, doubled with every round that was too short for any payload.
+
+    Nothing is known of links before a payload has come over them, and with too little time none ever would.
+    """
+    return max(wanted_s, min(wanted_s * 2.0 ** min(late_rounds, 64), MAX_EXCHANGE_S))
 
 
 _ADAPTER = TypeAdapter(State)

@@ -34,6 +34,7 @@ class World:
     rng: np.random.Generator
     end_s: float
     round_s: float = 0.0  # of the last round
+    late_rounds: int = 0  # as in coordinator.core.state
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,7 +55,8 @@ def play_block(world: World, holders: Ints, now_s: float, rounds: int) -> float:
     """Play up to so many rounds from now on. Returns when the next one may open."""
     site, crowd = world.site, world.crowd
     plan = plan_round(site, crowd, holders, world.books.tokens)
-    training = train(site, crowd, holders, plan.inner_steps, site.spec.train.tokens - world.books.tokens, world.rng)
+    tokens_left = site.spec.train.tokens - world.books.tokens
+    training = train(site, crowd, holders, plan.inner_steps, tokens_left, world.rng, world.late_rounds)
     if not len(training.peers):
         return now_s + PAUSE_S
     block = _Block(
@@ -106,6 +108,7 @@ def _play_round(world: World, block: _Block, chosen: Ints, opened_s: float) -> f
         return world.end_s
     if not block.counts[-1]:
         books.voids += 1
+        world.late_rounds += bool((round_.committed & ~round_.accepted).any())
         return max(closed_s, opened_s + site.spec.round.exchange_s)
     books.note_round(round_, block.plan, grouped, opened_s=opened_s, closed_s=closed_s, leased=len(training.peers))
     opens_s = _merge(world, block, grouped, closed_s)

@@ -7,6 +7,7 @@ import numpy as np
 
 from coordinator.core.leases import MAX_EXPECTED_S, MAX_LEASE_FACTOR, MAX_UNITS, RETRY_GROWTH
 from coordinator.core.rounds import AHEAD_FACTOR
+from coordinator.core.state import allow_exchange_s
 from protocol.policy import ExchangePlan, Links, plan_exchange
 from protocol.run_spec import AUTO
 from simulations.planned.crowd import Crowd, Floats, Ints
@@ -63,9 +64,15 @@ def _median_measured(bps: "np.ndarray[tuple[int], np.dtype[np.float32]]") -> flo
 
 
 def train(
-    site: Site, crowd: Crowd, holders: Ints, inner_steps: int, tokens_left: float, rng: np.random.Generator
+    site: Site,
+    crowd: Crowd,
+    holders: Ints,
+    inner_steps: int,
+    tokens_left: float,
+    rng: np.random.Generator,
+    late_rounds: int = 0,
 ) -> Training:
-    """Lease shards to the holders, and say what they come to."""
+    """Lease shards to the holders, and say what they come to. late_rounds: as in coordinator.core.state."""
     spec = site.spec
     expected_s, peers, units = _size_leases(site, crowd, holders, inner_steps, tokens_left)
     sizes = units * (spec.shard_tokens * TOKEN_BYTES)
@@ -81,7 +88,7 @@ def train(
         peers=peers,
         units=units,
         expected_s=expected_s,
-        deadline_s=expected_s * spec.round.deadline_factor + spec.round.exchange_s,
+        deadline_s=expected_s * spec.round.deadline_factor + allow_exchange_s(spec.round.exchange_s, late_rounds),
         start_s=start_s,
         unit_s=unit_s,
         done=done,

@@ -5,7 +5,7 @@ import pytest
 from coordinator.core import effects as fx
 from coordinator.core import events as ev
 from coordinator.core import leases, machine
-from coordinator.core.state import LeaseStatus, Phase, Unit
+from coordinator.core.state import MAX_EXCHANGE_S, LeaseStatus, Phase, Unit
 from tests.core_run import SHARD_TOKENS, CoreRun, outstanding
 
 
@@ -199,6 +199,34 @@ def test_shards_of_others_earn_nothing_when_a_header_names_them() -> None:
     run.contribute("bob")
     credits_ = {credit.peer: credit.units for credit in run.closed[0].credits}
     assert credits_ == {"ann": run.granted["ann"].units, "bob": run.granted["bob"].units}
+
+
+def test_rounds_allow_more_for_the_exchange_when_no_payload_arrived_in_time() -> None:
+    run = start("ann", "bob", exchange_s=10.0)
+    allowed_s = []
+    for _ in range(3):
+        round_ = run.state.round
+        assert round_ is not None
+        allowed_s.append(round_.deadline_s - round_.opened_s - 2.0 * round_.expected_s)
+        run.commit("ann")
+        run.commit("bob")
+        run.wait_for_deadline()
+        assert "no contribution" in run.find(fx.VoidRound)[0].reason
+    assert allowed_s == pytest.approx([10.0, 20.0, 40.0])
+    run.state.late_rounds = 1000
+    assert run.state.exchange_s == MAX_EXCHANGE_S
+
+
+def test_rounds_allow_no_more_when_somebody_was_in_time_or_nobody_had_anything_to_send() -> None:
+    run = start("ann", "bob", exchange_s=10.0)
+    run.commit("ann")
+    run.contribute("bob")
+    run.wait_for_deadline()
+    assert len(run.closed) == 1
+    run.report("ann", "bob")
+    run.wait_for_deadline()
+    assert run.find(fx.VoidRound)
+    assert run.state.exchange_s == 10.0
 
 
 def test_rounds_do_not_follow_each_other_at_once_when_every_peer_hands_its_lease_back() -> None:

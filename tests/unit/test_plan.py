@@ -63,6 +63,7 @@ SETTINGS: dict[str, Any] = {
         ]
     ),
     "groups": make_scenario([{**HOME, "link": "fiber"}], codec="int2", group_size=4),
+    "slow links": make_scenario([{**HOME, "count": 20, "measured": {"up_bps": 50e3}}], hours=8.0, codec="int2"),
     "all-reduce": make_scenario([{**HOME, "count": 12, "link": "campus"}], method="butterfly", codec="float16"),
 }
 

@@ -51,6 +51,16 @@ def read_journal(folder: Path) -> list[tuple[float, ev.Event]]:
     return [(row["now_s"], ev.load_event(json.dumps(row["event"]).encode())) for row in rows]
 
 
+def test_run_goes_on_when_links_are_too_slow_for_the_first_rounds(tmp_path: Path) -> None:
+    """A payload takes half a minute, rounds begin with ten seconds for it: nothing is known before one has come."""
+    slow = {"up_bps": 70e3, "down_bps": 10e6}
+    desktops = {"name": "desktops", "count": 2, "device": "desktop", "link": "campus", "measured": slow}
+    rounds = {"round": {"inner_steps": "auto", "exchange_s": 10.0}, "exchange": {"codec": "auto"}}
+    run = finish(scenario_of(desktops, hours=1.0, run=rounds), tmp_path)
+    assert len(run.recorder.rounds) > 10
+    assert 0 < run.coordinator.state.late_rounds < 5
+
+
 def test_two_peers_train_round_after_round(tmp_path: Path) -> None:
     scenario = scenario_of({"name": "desktops", "count": 2, "device": "desktop", "link": "campus"})
     run = finish(scenario, tmp_path)

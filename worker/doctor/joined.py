@@ -110,7 +110,7 @@ def check_model(seen: Visit, device: torch.device) -> tuple[list[Finding], float
     try:
         trainer = Trainer(genesis.spec, genesis.vocabulary_size, device, model_config=seen.model_config)
         trainer.tune()
-        steps_per_s = trainer.benchmark(BENCHMARK_S)
+        speed = trainer.benchmark(BENCHMARK_S)
     except DeviceMemoryError as error:
         advice = "`--device cpu`, or a device with more memory"
         return [Finding(topic="model", level=Level.PROBLEM, text=f"{model}: {error}", advice=advice)], 0.0
@@ -119,12 +119,12 @@ def check_model(seen: Visit, device: torch.device) -> tuple[list[Finding], float
         return [Finding(topic="model", level=Level.PROBLEM, text=str(error), advice=advice)], 0.0
     training_bytes = max(0, _used_bytes(device) - before_bytes)
     findings = [
-        _speed(trainer, steps_per_s),
-        _optimizer(trainer),
+        _speed(trainer, speed.steps_per_s),
+        _optimizer(trainer.spec.train.optimizer, speed.optimizer_share),
         _batch(trainer),
         _memory(model, genesis, training_bytes, device),
     ]
-    return findings, steps_per_s
+    return findings, speed.steps_per_s
 
 
 def _speed(trainer: Trainer, steps_per_s: float) -> Finding:
@@ -139,9 +139,8 @@ def _speed(trainer: Trainer, steps_per_s: float) -> Finding:
     return Finding(topic="speed", level=Level.OK, text=text, figures=figures)
 
 
-def _optimizer(trainer: Trainer) -> Finding:
+def _optimizer(name: str, share: float) -> Finding:
     """What the inner optimizer costs. Muon's part does not grow with the batch, and AdamW learns far less a step."""
-    name, share = trainer.spec.train.optimizer, trainer.optimizer_share
     text = f"{share:.0%} of an inner step is {name}'s update"
     figures: dict[str, float | int | str] = {"optimizer": name, "optimizer_share": round(share, 3)}
     if share > DEAR_OPTIMIZER_SHARE:
