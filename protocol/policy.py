@@ -21,8 +21,12 @@ MAX_INNER_STEPS = 100_000
 # A run learns most at its beginning, and there rounds that are shorter or more precise gain most for their bytes: in
 # this part of its tokens exchange may take so many times the wanted share (docs/convergence.md).
 EARLY_PART, EARLY_SHARES = 0.08, 2.0
-# A short run is worth at least so many rounds, while its exchange takes no more than this share of them.
-LEAST_ROUNDS, MOST_SHARE = 20, 0.25
+# A short run is worth at least so many rounds, while its exchange takes no more than this share of them; over links
+# too slow for that it makes fewer, but never less than these.
+LEAST_ROUNDS, MOST_SHARE, FEWEST_ROUNDS = 20, 0.25, 5
+# A sparse codec learns in a run that has rounds enough to send every value so many times, for its density.
+SPARSE_PASSES = 4
+SPARSE_CHUNK = 4096  # values of which a sparse codec keeps k (protocol.codecs.sparse)
 FIRST_STEPS = 5  # before any link was measured: a round that is soon over, and measures them
 # The best rates of one worker with so many parameters in a run of so many steps; see choose_learning_rate.
 ALONE_RATES = {"muon": 1.3e-2, "adamw": 6e-3}
@@ -40,6 +44,11 @@ class Choice:
     options: tuple[tuple[str, int | float], ...]
     bytes_per_parameter: float
     penalty: float
+
+    @property
+    def density(self) -> float:
+        """The part of all values that a payload holds; infinite for a codec that never leaves one out."""
+        return dict(self.options)["k"] / SPARSE_CHUNK if self.codec == "sparse" else math.inf
 
 
 CHOICES = (
@@ -127,16 +136,20 @@ def plan_exchange(
         )
     if progress < EARLY_PART:
         share = min(1.0, EARLY_SHARES * share)
-    candidates = [(choice, h, penalty) for choice in choices for h, penalty in steps]
+    candidates = [
+        (choice, h, penalty)
+        for choice in choices
+        for h, penalty in steps
+        if len(choices) == 1 or choice.density * run_steps / h >= SPARSE_PASSES
+    ]
     plan = _choose(candidates, num_parameters, contributors, links, share)
     if inner_steps is not None:
         return plan
     most_steps = max(run_steps / LEAST_ROUNDS, STEPS_PENALTY[0][0])
     if plan.inner_steps > most_steps:
-        longest = max(h for h, _ in steps if h <= most_steps)
-        candidates = [candidate for candidate in candidates if candidate[1] == longest]
+        longest = max(most_steps, run_steps / FEWEST_ROUNDS)
         limit = max(share, MOST_SHARE)
-        plan = _choose(candidates, num_parameters, contributors, links, limit)
+        plan = _choose_shortest(candidates, most_steps, longest, num_parameters, contributors, links, limit)
         plan = replace(plan, reason=f"a short run, in which exchange may take {limit:.0%}: {plan.reason}")
     return _leave_beside(plan, choices, num_parameters, contributors, links) if overlap else plan
 
@@ -177,6 +190,25 @@ def _choose(
 
     choice, inner_steps, _ = min(candidates, key=rank)
     return _explain(choice, inner_steps, num_parameters, contributors, links, share)
+
+
+def _choose_shortest(
+    candidates: Sequence[tuple[Choice, int, float]],
+    wanted: float,
+    longest: float,
+    num_parameters: int,
+    contributors: int,
+    links: Links,
+    share: float,
+) -> ExchangePlan:
+    """The best of rounds of the wanted steps; where none is within the share, of the shortest that are, or longest."""
+    known = sorted({h for _, h, _ in candidates})
+    first = max(h for h in known if h <= wanted)
+    within = [candidate for candidate in candidates if first <= candidate[1] <= longest]
+    fitting = [h for choice, h, _ in within if _share(choice, h, num_parameters, contributors, links) <= share]
+    taken = min(fitting, default=max(h for _, h, _ in within))
+    at_taken = [candidate for candidate in within if candidate[1] == taken]
+    return _choose(at_taken, num_parameters, contributors, links, share)
 
 
 @cache

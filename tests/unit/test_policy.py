@@ -99,8 +99,17 @@ def test_short_run_has_rounds_enough_while_they_are_not_mostly_exchange() -> Non
     assert long.inner_steps > 40
     assert (short.codec, short.inner_steps) == ("sign", 15)
     assert short.reason.startswith("a short run, in which exchange may take 25%: sign, 15 inner steps")
-    assert hopeless.codec == "sparse"
+    assert (hopeless.codec, hopeless.inner_steps) == ("sign", 56), "five rounds at least"
     assert "more than the 25% wanted" in hopeless.reason
+
+
+def test_run_over_slow_links_makes_fewer_rounds_rather_than_rounds_that_leave_most_out() -> None:
+    slow, longer = (
+        plan(num_parameters=127_424, contributors=2, up_mbps=1.0, step_s=0.01, run_steps=run_steps)
+        for run_steps in (300.0, 100_000.0)
+    )
+    assert (slow.codec, slow.inner_steps) == ("sign", 42)
+    assert longer.codec == "sparse", "with rounds enough it sends every value in time"
 
 
 def test_more_is_exchanged_at_the_beginning_of_a_run() -> None:
