@@ -23,7 +23,7 @@ MAX_INNER_STEPS = 100_000
 EARLY_PART, EARLY_SHARES = 0.08, 2.0
 # A short run is worth at least so many rounds, while its exchange takes no more than this share of them; over links
 # too slow for that it makes fewer, but never less than these.
-LEAST_ROUNDS, MOST_SHARE, FEWEST_ROUNDS = 20, 0.25, 5
+LEAST_ROUNDS, MOST_SHARE, FEWEST_ROUNDS = 20, 0.25, 10
 # A sparse codec learns in a run that has rounds enough to send every value so many times, for its density.
 SPARSE_PASSES = 4
 SPARSE_CHUNK = 4096  # values of which a sparse codec keeps k (protocol.codecs.sparse)
