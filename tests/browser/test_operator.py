@@ -129,7 +129,7 @@ def test_banned_worker_is_gone_until_it_is_let_in_again(
     peer = find_peer(guarded, "bob")["peer"]
     open_page(operator, guarded, f"/peers/{peer}")
     press(operator, "Ban")
-    wait_until(has(".dialog input", operator), 10)
+    wait_until(has(".dialog input", operator), 30)
     operator.find_element(By.CSS_SELECTOR, ".dialog input").send_keys("sends nonsense")
     press(operator, "Ban", ".dialog")
     wait_until(lambda: find_peer(guarded, "bob")["banned"] and not find_peer(guarded, "bob")["connected"], 20)

@@ -219,7 +219,11 @@ def test_a_run_that_is_not_finished_is_simulated_to_its_end(tmp_path: Path) -> N
     assert hours[1] == pytest.approx(hours[0], rel=0.1)
 
 
-def test_the_command_writes_the_file_once_and_says_what_to_type_next(tmp_path: Path) -> None:
+def test_the_command_writes_the_file_once_and_says_what_to_type_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simulations.calibrate.COMPARED_ROUNDS", 10)  # how well it fits is tested elsewhere
+    monkeypatch.setattr("simulations.calibrate.COMPARED_HOURS", 0.1)
     folder, out = KnownRun(make_scenario(FAST, SLOW, hours=0.1), tmp_path).folder, tmp_path / "known-as-run.toml"
     command = ["calibrate", str(folder), "--out", str(out)]
     printed = CliRunner().invoke(app, command, catch_exceptions=False).output

@@ -119,8 +119,8 @@ async def test_source_is_replaced_when_it_trickles(store: BlobStore) -> None:
 
 
 async def test_slow_source_is_kept_when_it_sends_enough(store: BlobStore) -> None:
-    steady = MemorySource("only", chunk_bytes=1024, pause_s=0.02)  # 10 chunks: 0.2 s, four times the stall timeout
-    await fetch_blob(store, HASH, len(DATA), [steady], patience=HURRIED)
+    steady = MemorySource("only", chunk_bytes=1024, pause_s=0.1)  # 10 chunks: 1 s, twice the stall timeout
+    await fetch_blob(store, HASH, len(DATA), [steady], patience=Patience(stall_timeout_s=0.5, min_bytes_per_s=1000.0))
     assert steady.asked_at == [0]
 
 

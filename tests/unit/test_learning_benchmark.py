@@ -102,7 +102,7 @@ def test_run_gives_the_same_bits_when_it_is_repeated(problem: Problem) -> None:
 
 
 def test_bytes_shrink_when_the_link_is_thinner_and_the_exchange_is_automatic(problem: Problem) -> None:
-    outcomes = [train_rounds(of_length(problem, 120, **AUTO), fleet(50.0, 50.0, mbps=mbps)) for mbps in (100, 5, 0.05)]
+    outcomes = [train_rounds(of_length(problem, 400, **AUTO), fleet(50.0, 50.0, mbps=mbps)) for mbps in (100, 5, 0.05)]
     sent = [outcome.sent_bytes for outcome in outcomes]
     assert sent == sorted(sent, reverse=True)
     assert sent[-1] < sent[0]
