@@ -109,9 +109,16 @@ class _Axes:
 
 def _label(ends: Iterable[tuple[float, float, str]]) -> list[str]:
     """Names in a column at the right, in the order of the losses, each tied to its place."""
-    parts, below = [], TOP
-    for x, y, name in sorted(ends, key=lambda end: end[1]):
-        at = below = max(y, below + LABEL_HEIGHT)
+    ordered = sorted(ends, key=lambda end: end[1])
+    places: list[float] = []
+    for _, y, _ in ordered:
+        places.append(max(y, places[-1] + LABEL_HEIGHT if places else TOP))
+    lowest = HEIGHT - BOTTOM
+    for number in reversed(range(len(places))):  # those that would stand below the axis, and who is in their way
+        places[number] = lowest = min(places[number], lowest)
+        lowest -= LABEL_HEIGHT
+    parts = []
+    for at, (x, y, name) in zip(places, ordered, strict=True):
         parts.append(f'<line class="tie" x1="{x:.1f}" y1="{y:.1f}" x2="{WIDTH - RIGHT + 10:.1f}" y2="{at:.1f}"/>')
         parts.append(_text(WIDTH - RIGHT + 13, at + 4, name, "start"))
     return parts
