@@ -14,7 +14,7 @@ from coordinator.core.effects import (
     VoidRound,
 )
 from coordinator.core.planning import choose_contributors, plan_round
-from coordinator.core.state import LeaseRecord, LeaseStatus, PeerStatus, Phase, Round, State
+from coordinator.core.state import MAX_EXCHANGE_S, LeaseRecord, LeaseStatus, PeerStatus, Phase, Round, State
 
 # With overlap: shards to go on with while a round is exchanged, over those of the lease. What is not needed goes back.
 AHEAD_FACTOR = 2
@@ -113,6 +113,8 @@ def close_if_due(state: State, now_s: float) -> list[Effect]:
     if round_.groups:
         return _close_groups(state, round_, now_s) if groups.are_settled(round_) or now_s >= round_.deadline_s else []
     if round_.unsettled == 0:
+        if now_s <= round_.deadline_s - state.exchange_s / 2.0:
+            state.late_rounds = max(0, state.late_rounds - 1)  # half the time for the exchange would have done
         return _settle(state, round_, "every lease is settled", now_s)
     if now_s < round_.deadline_s:
         return []
@@ -123,7 +125,7 @@ def close_if_due(state: State, now_s: float) -> list[Effect]:
     is_late = any(lease.status is LeaseStatus.COMMITTED for lease in round_.leases.values())
     effects = _carry_unsettled(state, round_, "late: the payload had not arrived when the round closed")
     effects += _settle(state, round_, "deadline", now_s)
-    if is_late and state.phase is Phase.WAITING_FOR_PEERS:  # void
+    if is_late and state.phase is Phase.WAITING_FOR_PEERS and state.exchange_s < MAX_EXCHANGE_S:  # void
         state.late_rounds += 1
     return effects
 

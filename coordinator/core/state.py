@@ -183,7 +183,7 @@ class State:
     round: Round | None = None
     plan: ExchangePlan | None = None  # of the last round that was opened
     round_time_s: float | None = None  # what the operator wants a round to take; None: as the spec says
-    late_rounds: int = 0  # void ones, in which a payload was still on its way when the deadline came
+    late_rounds: int = 0  # void ones with a payload on its way at the deadline, less those that needed half the time
     peers: dict[str, Peer] = field(default_factory=dict)
     invites: dict[str, InviteRecord] = field(default_factory=dict)
     reports: dict[str, str] = field(default_factory=dict)  # peer -> digest after `rounds_merged` rounds
@@ -199,7 +199,7 @@ class State:
 
 
 def allow_exchange_s(wanted_s: float, late_rounds: int) -> float:
-    """What the spec says, doubled with every round that was too short for any payload.
+    """What the spec says, doubled with every round that was too short for any payload, halved when that would do.
 
     Nothing is known of links before a payload has come over them, and with too little time none ever would.
     """

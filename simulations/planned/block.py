@@ -9,6 +9,7 @@ from math import isfinite
 import numpy as np
 
 from coordinator.core.leases import MAX_UNITS
+from coordinator.core.state import MAX_EXCHANGE_S, allow_exchange_s
 from protocol.policy import ExchangePlan
 from simulations.planned import playing
 from simulations.planned.books import Books, Sampled
@@ -95,6 +96,9 @@ def _play_round(world: World, block: _Block, chosen: Ints, opened_s: float) -> f
     books.coordinator_sent_bytes += training.shard_bytes
     books.coordinator_received_bytes += float(round_.pushed_bytes.sum())
     closed_s = opened_s + round_.closes_s
+    allowed_s = allow_exchange_s(site.spec.round.exchange_s, world.late_rounds)
+    if round_.closes_s <= training.deadline_s - allowed_s / 2.0:
+        world.late_rounds = max(0, world.late_rounds - 1)
     if not playing.is_void(site, round_):
         grouped = merge_groups(site, crowd, peers[round_.accepted], block.plan, world.rng)
         round_ = playing.leave_out(round_, training, grouped.left_out)
@@ -108,7 +112,8 @@ def _play_round(world: World, block: _Block, chosen: Ints, opened_s: float) -> f
         return world.end_s
     if not block.counts[-1]:
         books.voids += 1
-        world.late_rounds += bool((round_.committed & ~round_.accepted).any())
+        is_late = round_.because == "deadline" and bool((round_.committed & ~round_.accepted).any())
+        world.late_rounds += is_late and allowed_s < MAX_EXCHANGE_S
         return max(closed_s, opened_s + site.spec.round.exchange_s)
     books.note_round(round_, block.plan, grouped, opened_s=opened_s, closed_s=closed_s, leased=len(training.peers))
     opens_s = _merge(world, block, grouped, closed_s)

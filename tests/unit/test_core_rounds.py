@@ -213,8 +213,26 @@ def test_rounds_allow_more_for_the_exchange_when_no_payload_arrived_in_time() ->
         run.wait_for_deadline()
         assert "no contribution" in run.find(fx.VoidRound)[0].reason
     assert allowed_s == pytest.approx([10.0, 20.0, 40.0])
-    run.state.late_rounds = 1000
+    for _ in range(20):
+        run.commit("ann")
+        run.commit("bob")
+        run.wait_for_deadline()
     assert run.state.exchange_s == MAX_EXCHANGE_S
+    assert run.state.late_rounds == 9  # no more than it takes to get there
+
+
+def test_rounds_allow_less_for_the_exchange_again_when_half_of_it_would_do() -> None:
+    run = start("ann", "bob", exchange_s=10.0)
+    for _ in range(2):
+        run.commit("ann")
+        run.commit("bob")
+        run.wait_for_deadline()
+    allowed_s = [run.state.exchange_s]
+    for _ in range(3):
+        run.contribute("ann", "bob")
+        run.report("ann", "bob")
+        allowed_s.append(run.state.exchange_s)
+    assert allowed_s == [40.0, 20.0, 10.0, 10.0]
 
 
 def test_rounds_allow_no_more_when_somebody_was_in_time_or_nobody_had_anything_to_send() -> None:
