@@ -84,7 +84,7 @@ class PeerVectors:
     def write(self, peers: Sequence[str], rows: Rows) -> None:
         """Keep rows (P, W). Raises DiskFullError."""
         slots = [self._slot(peer) for peer in peers]
-        if max(slots, default=0) < self._most_rows:
+        if len(rows) == len(slots) and max(slots, default=0) < self._most_rows:
             self._rows[slots] = rows
             return
         for slot, row in zip(slots, rows, strict=True):
