@@ -12,8 +12,8 @@ four times the tokens. *Synchronous* averages four gradients at every step.
 - SparseLoCo (arXiv:2508.15706): AdamW, the largest 1/64 with error feedback of decay 0.95, outer SGD 1.0, H = 30.
 - MuLoCo (arXiv:2505.23725): Muon, 2 bits with error feedback, H = 30, outer Nesterov 0.7 with the momentum that suits
   runs this short, 0.5.
-- In all of these a round begins where ours do, at θ less part of the error feedback, and Muon's momentum is turned.
-- ours: Muon, the plain average as outer step, codec and H by `auto`: what `manyhands init` writes.
+- ours: Muon, rounds that begin at θ less part of the error feedback, momentum turned at merges, the plain average as
+  outer step, codec and H by `auto`: what `manyhands init` writes. The methods above have none of these.
 
 Every arm takes the best learning rate of one grid, by the first seed. Further rows are `auto` at 20 Mbit/s with
 workers of 100, 60, 30 and 10 % speed, and with overlap, at the same tokens; and what alone reaches in the virtual time

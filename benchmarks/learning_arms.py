@@ -48,13 +48,17 @@ TEXTS = {"stdlib": "stdlib", "topics": str(pydoc_data.topics.__file__)}  # sourc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One row: the inner optimizer, and what else is set. num_workers counts where there are no rounds."""
+    """One row: the inner optimizer, and what else is set. num_workers counts where there are no rounds.
+
+    as_published: see benchmarks.learning_runs.train_rounds.
+    """
 
     title: str
     optimizer: str
     rounds: Setting | None = None  # None: one optimizer
     num_workers: int = NUM_WORKERS
     mbps: int = MIDDLE_MBPS
+    as_published: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,17 +92,21 @@ def list_arms(num_steps: int) -> dict[str, Arm]:
         "alone_muon": Arm(title="alone, Muon", optimizer="muon", num_workers=1),
         "sync_adamw": Arm(title="synchronous, AdamW", optimizer="adamw"),
         "sync_muon": Arm(title="synchronous, Muon", optimizer="muon"),
-        "diloco": Arm(title="DiLoCo, H 30", optimizer="adamw", rounds=_in_rounds("float32", 30, _nesterov(0.9))),
-        "sparseloco": Arm(title="SparseLoCo 1/64, H 30", optimizer="adamw", rounds=_sparseloco()),
-        "muloco": Arm(title="MuLoCo 2 bit, H 30", optimizer="muon", rounds=_in_rounds("int2", 30, _nesterov(0.5))),
+        "diloco": _published("DiLoCo, H 30", "adamw", _in_rounds("float32", 30, _nesterov(0.9))),
+        "sparseloco": _published("SparseLoCo 1/64, H 30", "adamw", _sparseloco()),
+        "muloco": _published("MuLoCo 2 bit, H 30", "muon", _in_rounds("int2", 30, _nesterov(0.5))),
     }
     if num_steps >= 2 * LONG_STEPS:
         rounds = _in_rounds("float32", LONG_STEPS, _nesterov(0.9))
-        arms["diloco_500"] = Arm(title="DiLoCo, H 500", optimizer="adamw", rounds=rounds)
+        arms["diloco_500"] = _published("DiLoCo, H 500", "adamw", rounds)
     for mbps in UPLOADS_MBPS:
         rounds = _in_rounds(AUTO, AUTO, {"optimizer": "average", "learning_rate": 1.0, "momentum": 0.0})
         arms[f"auto_{mbps}"] = Arm(title=f"ours, auto, {mbps} Mbit/s", optimizer="muon", rounds=rounds, mbps=mbps)
     return arms
+
+
+def _published(title: str, optimizer: str, rounds: Setting) -> Arm:
+    return Arm(title=title, optimizer=optimizer, rounds=rounds, as_published=True)
 
 
 def _in_rounds(codec: str, inner_steps: int | str, outer: Mapping[str, Any]) -> Setting:
@@ -130,7 +138,8 @@ def train(arm: Arm, problem: Problem, rate: float, num_steps: int, speeds: Seque
         return train_single(problem, arm.num_workers, speed, bps)
     shares = speeds or (1.0,) * NUM_WORKERS
     steps_per_s = tuple(speed * share / statistics.median(shares) for share in shares)
-    return train_rounds(problem, Fleet(steps_per_s=steps_per_s, upload_bps=bps, download_bps=DOWN_OVER_UP * bps))
+    fleet = Fleet(steps_per_s=steps_per_s, upload_bps=bps, download_bps=DOWN_OVER_UP * bps)
+    return train_rounds(problem, fleet, as_published=arm.as_published)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

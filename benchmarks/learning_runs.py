@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from protocol import parameters
+from protocol.error_feedback import KEPT_SHARE
 from protocol.run_spec import RunSpec
 from simulations.learning.backend import Job, make_backend
 from simulations.learning.learner import TensorLearner
@@ -123,9 +124,17 @@ def train_single(problem: Problem, num_workers: int, steps_per_s: float, upload_
     return Outcome(curve=tuple(curve), tokens=num_steps * spec.step_tokens)
 
 
-def train_rounds(problem: Problem, fleet: Fleet) -> Outcome:
-    """A whole run of the fleet under problem.spec, in the simulator."""
-    learner = TensorLearner(problem, make_backend("batched", problem, device=DEVICE))
+def train_rounds(problem: Problem, fleet: Fleet, *, as_published: bool = False) -> Outcome:
+    """A whole run of the fleet under problem.spec, in the simulator.
+
+    as_published: rounds begin at θ and a merge leaves the inner optimizer's state alone, unlike ours.
+    """
+    learner = TensorLearner(
+        problem,
+        make_backend("batched", problem, device=DEVICE),
+        kept_share=0.0 if as_published else KEPT_SHARE,
+        turns_momentum=not as_published,
+    )
     with tempfile.TemporaryDirectory() as folder:
         scenario = parse_scenario(_describe(problem.spec, fleet, learner.num_parameters), where="benchmark")
         run = VirtualRun(scenario, learner, len(problem.data.shards), Path(folder))

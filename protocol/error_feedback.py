@@ -17,9 +17,9 @@ from protocol.codecs.payload import Vector, check_vector
 KEPT_SHARE = 0.4  # best among four workers; among eight and more a little less would be (docs/convergence.md)
 
 
-def round_start(theta: Vector, residual: Vector, out: Vector) -> Vector:
+def round_start(theta: Vector, residual: Vector, out: Vector, kept_share: float = KEPT_SHARE) -> Vector:
     """Where the worker of this residual begins a round, float32 (D,), in `out`; residual and `out` may have rows."""
-    np.multiply(residual, np.float32(-KEPT_SHARE), out=out)
+    np.multiply(residual, np.float32(-kept_share), out=out)
     out += theta
     return out
 

@@ -37,12 +37,26 @@ _LOSSLESS = "float32"
 
 
 class TensorLearner:
-    """See simulations.learner.Learner. attacks: by peer id, names of simulations.learning.attacks."""
+    """See simulations.learner.Learner. attacks: by peer id, names of simulations.learning.attacks.
 
-    def __init__(self, problem: Problem, backend: Backend, attacks: Mapping[str, str] | None = None) -> None:
+    kept_share, turns_momentum: for comparisons with methods that begin every round at θ (0.0), and that leave Muon's
+    momentum as it is at a merge; workers do both.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        backend: Backend,
+        attacks: Mapping[str, str] | None = None,
+        *,
+        kept_share: float = KEPT_SHARE,
+        turns_momentum: bool = True,
+    ) -> None:
         self._problem = problem
         self._backend = backend
         self._attacks = dict(attacks or {})
+        self._kept_share = kept_share
+        self._turns_momentum = turns_momentum and problem.optimizer == "muon"
         for attack in self._attacks.values():
             check_attack(attack)
         self._model = problem.build_model()
@@ -100,7 +114,7 @@ class TensorLearner:
         if closed.credits:
             merging = self._read_groups(closed) if closed.groups else self._read(closed.credits)
             self.state = merge_into(self.state, merging, closed.divisor, self._outer)
-            if self._problem.optimizer == "muon":
+            if self._turns_momentum:
                 tokens = [credit.tokens for credit in closed.credits]
                 rate_sum = sum_rates(tokens, closed.tokens_after, self._problem.spec, closed.learning_rate)
                 self._merge = Merge(moved=before - self.state.theta, rate_sum=rate_sum)
@@ -160,7 +174,7 @@ class TensorLearner:
         if residuals is None:
             residuals = displacements
         else:
-            residuals *= np.float32(self._problem.spec.exchange.error_feedback_decay - KEPT_SHARE)
+            residuals *= np.float32(self._problem.spec.exchange.error_feedback_decay - self._kept_share)
             residuals += displacements
         self._residuals.write(peers, residuals)
         self._losses.update(zip(peers, trained.mean_losses.tolist(), strict=True))
@@ -192,7 +206,7 @@ class TensorLearner:
         if residuals is None:
             trained = self._backend.train(self.state.theta, jobs, self._merge)
             return trained, trained.pseudo_gradients
-        starts = round_start(self.state.theta, residuals, out=np.empty_like(residuals))
+        starts = round_start(self.state.theta, residuals, np.empty_like(residuals), self._kept_share)
         if any(peer in self._leads for peer in peers):
             starts -= self._leads.read(peers)
         for peer in peers:

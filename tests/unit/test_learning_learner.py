@@ -10,12 +10,12 @@ import pytest
 from coordinator.core.effects import CloseRound, Credit, GrantLease, MergedGroup
 from protocol.aggregation.merge import merge
 from protocol.codecs import get_codec
-from protocol.error_feedback import KEPT_SHARE, ErrorFeedback
+from protocol.error_feedback import KEPT_SHARE, ErrorFeedback, round_start
 from protocol.errors import ConfigError
 from protocol.outer import get_outer
 from protocol.replica import State, merge_into
 from protocol.signing import sha256_hex
-from simulations.learner import Learner, Sent, Work
+from simulations.learner import Sent, Work
 from simulations.learning.backend import make_backend
 from simulations.learning.learner import OWN_SHARE, TensorLearner
 from simulations.learning.problem import Problem
@@ -96,9 +96,9 @@ def play(learner: TensorLearner, credited: Sequence[str], codec: str = "int2") -
     return sent
 
 
-def test_the_state_is_bitwise_what_trainer_feedback_codec_and_merge_make(problem: Problem) -> None:
-    learner: Learner = make_learner(problem, backend="sequential")
-    assert isinstance(learner, TensorLearner)
+@pytest.mark.parametrize("kept_share", [KEPT_SHARE, 0.0])
+def test_the_state_is_bitwise_what_trainer_feedback_codec_and_merge_make(problem: Problem, kept_share: float) -> None:
+    learner = TensorLearner(problem, make_backend("sequential", problem, device=CPU), kept_share=kept_share)
     trainer = make_backend("sequential", problem, device=CPU)
     feedback = {peer: ErrorFeedback(learner.num_parameters) for peer in PEERS}
     codec, outer = get_codec("int2"), problem.spec.outer
@@ -115,9 +115,9 @@ def test_the_state_is_bitwise_what_trainer_feedback_codec_and_merge_make(problem
                 round_tokens=grant.round_tokens,
                 lease_tokens=2 * problem.spec.shard_tokens,
             )
-            start = feedback[peer].start(state.theta, out=np.empty_like(state.theta))
+            start = round_start(state.theta, feedback[peer].state(), np.empty_like(state.theta), kept_share)
             moved = (state.theta - start) + trainer.train(start, [own]).pseudo_gradients[0]
-            payloads[peer] = codec.encode(feedback[peer].compensate(moved, 1.0 - KEPT_SHARE))
+            payloads[peer] = codec.encode(feedback[peer].compensate(moved, 1.0 - kept_share))
         sent = play(learner, credited)
         assert {peer: one.payload_hash for peer, one in sent.items()} == {
             peer: sha256_hex(payload) for peer, payload in payloads.items()
