@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.learning_runs import Fleet, Outcome, change, load_problem, train_rounds, train_single, with_spec
 from protocol.parameters import count_parameters
@@ -26,6 +26,7 @@ ADAMW_WARMUP = 0.3  # of the run: in runs this short AdamW wants it, Muon does n
 LONG_STEPS = 500  # H of DiLoCo as published, for runs of at least two such rounds
 
 Setting = dict[str, dict[str, Any]]  # sections of run.toml, over the base
+Rate = float | Literal["auto"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ TEXTS = {"stdlib": "stdlib", "topics": str(pydoc_data.topics.__file__)}  # sourc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One row: the inner optimizer, and what else is set. num_workers counts where there are no rounds.
+    """One row: the inner optimizer, and what else is set.
 
     as_published: see benchmarks.learning_runs.train_rounds.
     """
@@ -123,7 +124,7 @@ def _sparseloco() -> Setting:
     return setting
 
 
-def train(arm: Arm, problem: Problem, rate: float, num_steps: int, speeds: Sequence[float] | None = None) -> Outcome:
+def train(arm: Arm, problem: Problem, rate: Rate, num_steps: int, speeds: Sequence[float] | None = None) -> Outcome:
     """Train an arm at a rate, each worker about num_steps.
 
     speeds: of each worker, their median being as fast as the workers of the other arms; the tokens stay the same.
@@ -136,7 +137,7 @@ def train(arm: Arm, problem: Problem, rate: float, num_steps: int, speeds: Seque
     speed = WORKER_FLOPS / (6.0 * count_parameters(problem.build_model()) * problem.spec.step_tokens)
     if arm.rounds is None:
         return train_single(problem, arm.num_workers, speed, bps)
-    shares = speeds or (1.0,) * NUM_WORKERS
+    shares = speeds or (1.0,) * arm.num_workers
     steps_per_s = tuple(speed * share / statistics.median(shares) for share in shares)
     fleet = Fleet(steps_per_s=steps_per_s, upload_bps=bps, download_bps=DOWN_OVER_UP * bps)
     return train_rounds(problem, fleet, as_published=arm.as_published)
@@ -148,7 +149,7 @@ class Trial:
 
     arm: Arm
     base: RunSpec
-    rate: float
+    rate: Rate
     num_steps: int
     speeds: tuple[float, ...] | None = None
 
@@ -185,7 +186,7 @@ def train_all(bases: Sequence[RunSpec], num_steps: int, run_all: Runner) -> dict
         more[f"{name}_in_time_{mbps}"] = trial
     outcomes = iter(run_all([replace(trial, base=base) for trial in more.values() for base in bases]))
     for name, trial in more.items():
-        results[name] = Result(outcomes=tuple(next(outcomes) for _ in bases), rate=trial.rate)
+        results[name] = Result(outcomes=tuple(next(outcomes) for _ in bases), rate=float(trial.rate))
     return results
 
 

@@ -2,7 +2,8 @@
 ones: `pytest --hypothesis-profile search tests/property`.
 
 `make test` runs two tests at a time (pytest-xdist): those that start a run's processes one after the other, since each
-of them keeps two cores busy, and beside them the others, file by file.
+of them keeps two cores busy, and beside them the others, file by file. Those with a browser come last, so that both of
+pytest's processes have something to do until the end.
 """
 
 from typing import Any
@@ -14,7 +15,12 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, print_b
 settings.register_profile("search", deadline=None, print_blob=True, max_examples=1000)
 settings.load_profile("repeatable")
 
-WITH_PROCESSES = ("tests/integration/", "tests/browser/")
+WITH_PROCESSES = "tests/integration/"
+PLACES = {WITH_PROCESSES: 0, "tests/browser/": 2}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((place for start, place in PLACES.items() if item.nodeid.startswith(start)), 1))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -22,9 +28,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     class ByProcesses(LoadScopeScheduling):
-        """A scope is given to one of pytest's processes as a whole, the largest first."""
+        """A scope is given to one of pytest's processes as a whole, in the order of the tests."""
 
         def _split_scope(self, nodeid: str) -> str:
-            return "processes" if nodeid.startswith(WITH_PROCESSES) else nodeid.partition("::")[0]
+            return WITH_PROCESSES if nodeid.startswith(WITH_PROCESSES) else nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False
     return ByProcesses(config, log)
