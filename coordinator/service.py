@@ -1,14 +1,13 @@
 """CoordinatorService: what peers and the operator may ask over gRPC, and the limits on it.
 
-Peer input is limited in bytes by the server's options, verified and parsed here, and becomes an event. Bad input ends
-with INVALID_ARGUMENT or PERMISSION_DENIED and a sentence, never with INTERNAL. Decisions are the core's.
+Peer input is limited in bytes by the server's options, verified and parsed here and in coordinator.peer_messages, and
+becomes an event. Bad input ends with INVALID_ARGUMENT or PERMISSION_DENIED and a sentence, never with INTERNAL.
+Decisions are the core's.
 """
 
 import asyncio
 import hmac
 import json
-import math
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -22,14 +21,12 @@ from coordinator.core import events as ev
 from coordinator.core.effects import HoldPeer, RefusePeer
 from coordinator.engine import Committed, Engine
 from coordinator.payloads import PayloadChecker
+from coordinator.peer_messages import PeerMessages
 from coordinator.sessions import PeerSession, Sessions
 from coordinator.storage.database import Database
-from protocol.codecs import get_codec
 from protocol.documents import (
     OLDEST_PROTOCOL_VERSION,
     PROTOCOL_VERSION,
-    Contribution,
-    EvaluationReport,
     Genesis,
     Invite,
     JoinRequest,
@@ -38,7 +35,6 @@ from protocol.documents import (
 )
 from protocol.envelope import pack, unpack
 from protocol.errors import InviteError, ManyhandsError, VerificationError
-from protocol.exchange.piece_index import has_index
 from protocol.exchange.store import BlobStore
 from protocol.invite import decode_invite
 from protocol.signing import Signed
@@ -74,6 +70,7 @@ class CoordinatorService(CoordinatorServiceServicer):
         self._run = Genesis.model_validate_json(genesis.body)
         self._public_key = public_key
         self._engine = engine
+        self._messages = PeerMessages(self._run, engine, payloads, store)
         self._sessions = sessions
         self._payloads = payloads
         self._store = store
@@ -171,7 +168,7 @@ class CoordinatorService(CoordinatorServiceServicer):
                 message = await self._next_message(messages, session)
                 if session.closed:
                     break
-                self._take(message, session)
+                self._messages.take(message, session)
                 if message.WhichOneof("message") == "leaving":
                     break
         except TimeoutError:
@@ -203,128 +200,6 @@ class CoordinatorService(CoordinatorServiceServicer):
             return read.result()
         finally:
             read.cancel()
-
-    def _take(self, message: pb.PeerMessage, session: PeerSession) -> None:
-        match message.WhichOneof("message"):
-            case "heartbeat":
-                _limited(message.heartbeat.activity, 200)
-                session.heartbeat = message.heartbeat
-            case "contribution":
-                self._take_contribution(unpack(message.contribution), session)
-            case "state":
-                self._engine.submit(
-                    ev.StateReported(
-                        peer=session.peer,
-                        round=message.state.round,
-                        digest=_limited(message.state.digest, 64),
-                        claimed_steps_per_s=_finite(message.state.claimed_steps_per_s),
-                        download_bps=_finite(message.state.download_bps),
-                    )
-                )
-            case "availability":
-                self._engine.submit(
-                    ev.AvailabilityReported(peer=session.peer, pause_reason=_word(message.availability.pause_reason))
-                )
-            case "lease_return":
-                self._engine.submit(
-                    ev.LeaseReturned(
-                        peer=session.peer,
-                        lease_id=message.lease_return.lease_id,
-                        reason=_limited(message.lease_return.reason, 200),
-                    )
-                )
-            case "group_merged":
-                self._take_group_merged(message.group_merged, session)
-            case "evaluation":
-                self._take_evaluation(unpack(message.evaluation), session)
-            case "leaving":
-                session.goodbye = _limited(message.leaving.reason, 200) or "it said goodbye"
-                log.info("leaving", peer=session.peer, reason=session.goodbye)
-            case other:
-                raise VerificationError(f"not a message for this moment: {other}")
-
-    def _take_contribution(self, signed: Signed, session: PeerSession) -> None:
-        header = open_signed(signed, Contribution, run_id=self._run.run_id)
-        if header.peer != session.peer:
-            raise VerificationError("the contribution is not signed by this session's peer")
-        if has_index(header.payload_bytes) != (header.pieces_hash is not None):
-            raise VerificationError("a payload of several pieces comes with the hash of its piece index, others do not")
-        most = self._max_payload_bytes(header)
-        if most is not None and header.payload_bytes > most:
-            raise VerificationError(f"a payload of {header.payload_bytes} bytes; at most {most}")
-        if self._payloads.is_known(header.payload_hash, header.peer) and not self._is_committed(signed, header.peer):
-            reason = "that payload was sent before: a contribution counts once, and for its author"
-            session.send(
-                verdict=pb.ContributionVerdict(payload_hash=header.payload_hash, accepted=False, reason=reason)
-            )
-            self._engine.submit(ev.LeaseReturned(peer=header.peer, lease_id=header.lease_id, reason=reason))
-            return
-        self._engine.submit(
-            ev.ContributionCommitted(
-                peer=header.peer,
-                lease_id=header.lease_id,
-                base_digest=header.base_digest,
-                units=tuple((shard.pass_index, shard.index) for shard in header.shards),
-                inner_steps=header.inner_steps,
-                tokens=header.tokens,
-                mean_loss=header.mean_loss,
-                codec=header.codec,
-                contribution_hash=signed.hash,
-                payload_hash=header.payload_hash,
-                payload_bytes=header.payload_bytes,
-                pieces_hash=header.pieces_hash,
-            ),
-            documents=(signed,),
-        )
-
-    def _max_payload_bytes(self, header: Contribution) -> int | None:
-        """What the round's codec can come to; None for a contribution to no open lease, which the core refuses."""
-        round_ = self._engine.state.round
-        lease = round_.leases.get(header.peer) if round_ else None
-        if round_ is None or lease is None or lease.lease_id != header.lease_id:
-            return None
-        codec = get_codec(round_.plan.codec, dict(round_.plan.options))
-        return codec.payload_bytes_max(self._run.num_parameters)
-
-    def _take_group_merged(self, merged: pb.GroupMerged, session: PeerSession) -> None:
-        most = get_codec("float32").payload_bytes_max(self._run.num_parameters)
-        if merged.payload_bytes > most:
-            raise VerificationError(f"a merged payload of {merged.payload_bytes} bytes; at most {most}")
-        self._engine.submit(
-            ev.GroupMerged(
-                peer=session.peer,
-                round=merged.round,
-                group=merged.group,
-                attempt=merged.attempt,
-                payload_hash=_hash_or_none(merged.payload_hash) or "",
-                payload_bytes=merged.payload_bytes,
-                pieces_hash=_hash_or_none(merged.pieces_hash),
-                blamed=_limited(merged.blamed, 64),
-            )
-        )
-
-    def _is_committed(self, signed: Signed, peer: str) -> bool:
-        """Whether this very header is in the open round already: it is sent again after a broken connection."""
-        lease = self._engine.state.round.leases.get(peer) if self._engine.state.round else None
-        return bool(lease and lease.candidate and lease.candidate.contribution_hash == signed.hash)
-
-    def _take_evaluation(self, signed: Signed, session: PeerSession) -> None:
-        report = open_signed(signed, EvaluationReport, run_id=self._run.run_id)
-        if report.peer != session.peer or session.role != "validator":
-            raise VerificationError("only the validator evaluates")
-        if report.checkpoint and not self._store.has(report.digest):
-            raise VerificationError("the checkpoint was not pushed before it was reported")
-        self._engine.submit(
-            ev.EvaluationReported(
-                peer=report.peer,
-                round=report.round,
-                digest=report.digest,
-                held_out_loss=report.held_out_loss,
-                checkpoint=report.checkpoint,
-                report_hash=signed.hash,
-            ),
-            documents=(signed,),
-        )
 
     # ---- blobs and ledger
 
@@ -424,27 +299,3 @@ class CoordinatorService(CoordinatorServiceServicer):
 
 def _refused(code: str, reason: str) -> pb.CoordinatorMessage:
     return pb.CoordinatorMessage(refused=pb.Refused(code=code, reason=reason))
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise VerificationError("a number that is not finite")
-    return value
-
-
-def _hash_or_none(text: str) -> str | None:
-    if text and not re.fullmatch(r"[0-9a-f]{64}", text):
-        raise VerificationError("not a SHA-256 in hex")
-    return text or None
-
-
-def _word(text: str) -> str:
-    if not re.fullmatch(r"[a-z_]{0,32}", text):
-        raise VerificationError("not a word")
-    return text
-
-
-def _limited(text: str, most: int) -> str:
-    if len(text) > most:
-        raise VerificationError(f"a text of {len(text)} characters; at most {most}")
-    return text

@@ -16,7 +16,6 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -245,17 +244,6 @@ class Trainer:
             share = min(1.0, (time.perf_counter() - started_s) / step_s)
         scratch.zero_grad()
         return Speed(1.0 / step_s, share)
-
-    def save_optimizer(self, path: Path) -> None:
-        """Write the inner optimizer's state, a safetensors file, in one step. Raises DiskFullError."""
-        self.optimizer.save(path)
-
-    def load_optimizer(self, path: Path) -> None:
-        """Take up the state that `save_optimizer` wrote, or change nothing.
-
-        Raises VerificationError when it does not fit this model and optimizer, FileNotFoundError.
-        """
-        self.optimizer.load(path)
 
     def _train(
         self,

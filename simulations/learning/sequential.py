@@ -55,7 +55,7 @@ class SequentialBackend:
         trainer.optimizer = self._new_optimizer()
         keeps_state = self._problem.optimizer != "sgd"
         if keeps_state and path.exists():
-            trainer.load_optimizer(path)
+            trainer.optimizer.load(path)
         if merge is not None:
             trainer.optimizer.turn_momentum(merge.moved, merge.rate_sum)
         try:
@@ -72,7 +72,7 @@ class SequentialBackend:
         except DivergedError as error:
             raise DivergedError(f"{job.peer}: {error}") from error
         if keeps_state:
-            trainer.save_optimizer(path)
+            trainer.optimizer.save(path)
         return result
 
     def _new_optimizer(self) -> InnerOptimizer:

@@ -204,10 +204,10 @@ def test_training_goes_on_bitwise_when_the_optimizer_was_saved_and_loaded(tmp_pa
     first = make_trainer(spec)
     theta = parameters.flatten(first.model)
     run(first, theta, make_shards(spec, 2))
-    first.save_optimizer(tmp_path / "state" / "optimizer.safetensors")
+    first.optimizer.save(tmp_path / "state" / "optimizer.safetensors")
     second = make_trainer(spec)
     fresh = run(second, theta, make_shards(spec, 1, seed=5)).pseudo_gradient
-    second.load_optimizer(tmp_path / "state" / "optimizer.safetensors")
+    second.optimizer.load(tmp_path / "state" / "optimizer.safetensors")
     on = [run(trainer, theta, make_shards(spec, 1, seed=5)).pseudo_gradient.tobytes() for trainer in (first, second)]
     assert on[0] == on[1] != fresh.tobytes()
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["optimizer.safetensors"]
@@ -216,13 +216,13 @@ def test_training_goes_on_bitwise_when_the_optimizer_was_saved_and_loaded(tmp_pa
 def test_saved_optimizer_is_refused_when_it_is_of_another_model_or_damaged(tmp_path: Path) -> None:
     other = make_trainer(make_spec(model=LLAMA | {"intermediate_size": 32}))
     run(other, parameters.flatten(other.model), make_shards(other.spec, 1))
-    other.save_optimizer(tmp_path / "other")
+    other.optimizer.save(tmp_path / "other")
     trainer = make_trainer()
     with pytest.raises(VerificationError, match="another model"):
-        trainer.load_optimizer(tmp_path / "other")
+        trainer.optimizer.load(tmp_path / "other")
     (tmp_path / "damaged").write_bytes(b"\x80\x04pickle?")
     with pytest.raises(VerificationError, match="not a safetensors file"):
-        trainer.load_optimizer(tmp_path / "damaged")
+        trainer.optimizer.load(tmp_path / "damaged")
 
 
 def test_benchmark_leaves_parameters_and_optimizer_as_they_were(tmp_path: Path) -> None:
@@ -230,11 +230,11 @@ def test_benchmark_leaves_parameters_and_optimizer_as_they_were(tmp_path: Path) 
     trainer = make_trainer(spec)
     run(trainer, parameters.flatten(trainer.model), make_shards(spec, 1))
     before = parameters.flatten(trainer.model).tobytes()
-    trainer.save_optimizer(tmp_path / "before")
+    trainer.optimizer.save(tmp_path / "before")
     speed = trainer.benchmark(0.0)
     assert speed.steps_per_s > 0.0
     assert 0.0 < speed.optimizer_share < 1.0
-    trainer.save_optimizer(tmp_path / "after")
+    trainer.optimizer.save(tmp_path / "after")
     assert parameters.flatten(trainer.model).tobytes() == before
     assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
 
@@ -245,11 +245,11 @@ def test_muon_learns_and_survives_a_restart(tmp_path: Path) -> None:
     theta = parameters.flatten(trainer.model)
     result = run(trainer, theta, make_shards(spec, 10))
     assert result.last_loss < result.mean_loss
-    trainer.save_optimizer(tmp_path / "muon")
+    trainer.optimizer.save(tmp_path / "muon")
     with pytest.raises(VerificationError, match="another optimizer"):
-        make_trainer(adamw).load_optimizer(tmp_path / "muon")
+        make_trainer(adamw).optimizer.load(tmp_path / "muon")
     again = make_trainer(spec)
-    again.load_optimizer(tmp_path / "muon")
+    again.optimizer.load(tmp_path / "muon")
     one, other = (run(each, theta, make_shards(spec, 1, seed=3)) for each in (trainer, again))
     assert one.pseudo_gradient.tobytes() == other.pseudo_gradient.tobytes()
 
