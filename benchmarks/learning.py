@@ -15,10 +15,11 @@ four times the tokens. *Synchronous* averages four gradients at every step.
 - ours: Muon, rounds that begin at θ less part of the error feedback, momentum turned at merges, the plain average as
   outer step, codec and H by `auto`: what `manyhands init` writes. The methods above have none of these.
 
-Every arm takes the best learning rate of one grid, by the first seed. Further rows are `auto` at 20 Mbit/s with
-workers of 100, 60, 30 and 10 % speed, and with overlap, at the same tokens; and what alone reaches in the virtual time
-of each `auto`, and synchronous in that of `auto` at 20 Mbit/s. The JSON has the means over seeds, sizes and texts, and
-each of them by its name.
+Every arm takes the best learning rate of one grid, by the first seed. Further rows are `auto` at 20 Mbit/s at the same
+tokens: with workers of 100, 60, 30 and 10 % speed; with five workers, of which one after the other is away; with two
+texts, mixed and each known to two workers alone (leases mix them: this is for comparison); with overlap. And what alone
+reaches in the virtual time of each `auto`, and synchronous in that of `auto` at 20 Mbit/s. The JSON has the means over
+seeds, sizes and texts, and each of them by its name.
 """
 
 import argparse
@@ -70,6 +71,8 @@ def figures_of(results: Mapping[str, Result]) -> dict[str, Figure]:
         "bytes_vs_sync": ours.sent_bytes / sync.sent_bytes,
         "overlap_cost": results["overlap"].loss / ours.loss - 1.0,
         "uneven_cost": results["uneven"].loss / ours.loss - 1.0,
+        "breaks_cost": results["breaks"].loss / ours.loss - 1.0,
+        "kinds_cost": results["kinds_apart"].loss / results["kinds_mixed"].loss - 1.0,
         "worst_auto_vs_alone": max(results[f"auto_{mbps}"].loss for mbps in UPLOADS_MBPS) / results["alone_muon"].loss,
         "worst_auto_vs_alone_in_time": max(
             results[f"auto_{mbps}"].loss / results[f"alone_muon_in_time_{mbps}"].loss for mbps in UPLOADS_MBPS
@@ -88,6 +91,9 @@ def describe_row(name: str, result: Result, arms: Mapping[str, Arm]) -> tuple[st
     titles = {
         "uneven": "ours at 20, speeds 100/60/30/10 %",
         "overlap": "ours at 20, overlap",
+        "breaks": "ours at 20, five workers, each away for a fifth",
+        "kinds_mixed": "ours at 20, two texts mixed",
+        "kinds_apart": "ours at 20, two workers have one, two the other",
         f"sync_adamw_in_time_{MIDDLE_MBPS}": f"synchronous, AdamW, in the time of ours at {MIDDLE_MBPS}",
         f"sync_muon_in_time_{MIDDLE_MBPS}": f"synchronous, Muon, in the time of ours at {MIDDLE_MBPS}",
         **{f"alone_muon_in_time_{mbps}": f"alone, Muon, in the time of ours at {mbps}" for mbps in UPLOADS_MBPS},

@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from benchmarks.learning_runs import Fleet, Outcome, change, load_problem, train_rounds, train_single, with_spec
+from benchmarks.learning_runs import (
+    Fleet,
+    Outcome,
+    change,
+    join_texts,
+    load_problem,
+    train_rounds,
+    train_single,
+    with_spec,
+)
 from protocol.parameters import count_parameters
 from protocol.run_spec import AUTO, RunSpec
 from simulations.learning.problem import Problem
@@ -124,10 +133,21 @@ def _sparseloco() -> Setting:
     return setting
 
 
-def train(arm: Arm, problem: Problem, rate: Rate, num_steps: int, speeds: Sequence[float] | None = None) -> Outcome:
+def train(
+    arm: Arm,
+    problem: Problem,
+    rate: Rate,
+    num_steps: int,
+    speeds: Sequence[float] | None = None,
+    *,
+    breaks: bool = False,
+    num_kinds: int = 1,
+) -> Outcome:
     """Train an arm at a rate, each worker about num_steps.
 
     speeds: of each worker, their median being as fast as the workers of the other arms; the tokens stay the same.
+    breaks: there is one worker more, and in turn each is away for as long as the others need for their part of the run.
+    num_kinds: see benchmarks.learning_runs.train_rounds.
     """
     warmup = {"warmup_fraction": ADAMW_WARMUP} if arm.optimizer == "adamw" else {}
     tokens = num_steps * arm.num_workers * problem.spec.step_tokens
@@ -137,21 +157,33 @@ def train(arm: Arm, problem: Problem, rate: Rate, num_steps: int, speeds: Sequen
     speed = WORKER_FLOPS / (6.0 * count_parameters(problem.build_model()) * problem.spec.step_tokens)
     if arm.rounds is None:
         return train_single(problem, arm.num_workers, speed, bps)
-    shares = speeds or (1.0,) * arm.num_workers
+    shares = speeds or (1.0,) * (arm.num_workers + breaks)
     steps_per_s = tuple(speed * share / statistics.median(shares) for share in shares)
-    fleet = Fleet(steps_per_s=steps_per_s, upload_bps=bps, download_bps=DOWN_OVER_UP * bps)
-    return train_rounds(problem, fleet, as_published=arm.as_published)
+    part_s = num_steps / speed / len(shares)
+    fleet = Fleet(
+        steps_per_s=steps_per_s,
+        upload_bps=bps,
+        download_bps=DOWN_OVER_UP * bps,
+        away_s=tuple((number * part_s, (number + 1) * part_s) for number in range(len(shares))) if breaks else (),
+    )
+    return train_rounds(problem, fleet, as_published=arm.as_published, num_kinds=num_kinds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One run of an arm: `base` is of one size, text and seed; the rest as in `train`."""
+    """One run of an arm: `base` is of one size, text and seed; the rest as in `train`.
+
+    texts: in place of the base's own; by_kind: each worker has one of them alone.
+    """
 
     arm: Arm
     base: RunSpec
     rate: Rate
     num_steps: int
     speeds: tuple[float, ...] | None = None
+    breaks: bool = False
+    texts: tuple[str, ...] = ()
+    by_kind: bool = False
 
 
 Runner = Callable[[Sequence[Trial]], Iterable[Outcome]]  # outcomes in the trials' order, as they come
@@ -159,24 +191,40 @@ Runner = Callable[[Sequence[Trial]], Iterable[Outcome]]  # outcomes in the trial
 
 def run_trial(trial: Trial) -> Outcome:
     """In this process."""
-    problem = _load(trial.base.model_dump_json())
-    return train(trial.arm, problem, trial.rate, trial.num_steps, trial.speeds)
+    texts = trial.texts or (trial.base.data.source,)
+    problem = _load(tuple(change(trial.base, data={"source": text}).model_dump_json() for text in texts))
+    num_kinds = len(texts) if trial.by_kind else 1
+    return train(
+        trial.arm,
+        problem,
+        trial.rate,
+        trial.num_steps,
+        trial.speeds,
+        breaks=trial.breaks,
+        num_kinds=num_kinds,
+    )
 
 
 @lru_cache(maxsize=2)
-def _load(spec_json: str) -> Problem:
-    return load_problem(RunSpec.model_validate_json(spec_json))
+def _load(specs_json: tuple[str, ...]) -> Problem:
+    return join_texts([load_problem(RunSpec.model_validate_json(spec)) for spec in specs_json])
 
 
 def train_all(bases: Sequence[RunSpec], num_steps: int, run_all: Runner) -> dict[str, Result]:
-    """All arms, and what follows from them: uneven workers, overlap, and equal virtual time. bases: one a seed."""
+    """All arms, and what follows from them: what is hard for workers, and equal virtual time. bases: one a seed."""
     arms = list_arms(num_steps)
     results = train_arms(arms, bases, num_steps, run_all)
     middle, ours = arms[f"auto_{MIDDLE_MBPS}"], results[f"auto_{MIDDLE_MBPS}"]
-    more = {"uneven": Trial(arm=middle, base=bases[0], rate=ours.rate, num_steps=num_steps, speeds=UNEVEN)}
+    even = Trial(arm=middle, base=bases[0], rate=ours.rate, num_steps=num_steps)
+    more = {
+        "uneven": replace(even, speeds=UNEVEN),
+        "breaks": replace(even, breaks=True),
+        "kinds_mixed": replace(even, texts=tuple(TEXTS.values())),
+        "kinds_apart": replace(even, texts=tuple(TEXTS.values()), by_kind=True),
+    }
     if middle.rounds is not None:
         arm = replace(middle, rounds=middle.rounds | {"exchange": {"codec": AUTO, "overlap": True}})
-        more["overlap"] = Trial(arm=arm, base=bases[0], rate=ours.rate, num_steps=num_steps)
+        more["overlap"] = replace(even, arm=arm)
     in_time = [("alone_muon", mbps) for mbps in UPLOADS_MBPS] + [
         (name, MIDDLE_MBPS) for name in ("sync_adamw", "sync_muon")
     ]

@@ -10,6 +10,7 @@ The same arguments give the same bits on the same machine. Wall time plays no pa
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from coordinator.core.effects import GrantLease
 from protocol import parameters
 from protocol.error_feedback import KEPT_SHARE
 from protocol.run_spec import RunSpec
+from simulations.learner import Work
 from simulations.learning.backend import Job, make_backend
 from simulations.learning.learner import TensorLearner
 from simulations.learning.problem import Problem, TrainingData, make_problem
@@ -38,11 +41,15 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """The workers: inner steps a second of each, and the link that each of them has, in bits a second."""
+    """The workers: inner steps a second of each, and the link that each of them has, in bits a second.
+
+    away_s: from when to when each worker is away, seconds of virtual time; without them nobody is.
+    """
 
     steps_per_s: tuple[float, ...]
     upload_bps: float
     download_bps: float
+    away_s: tuple[tuple[float, float], ...] = ()
 
     @property
     def size(self) -> int:
@@ -93,6 +100,19 @@ def load_problem(spec: RunSpec) -> Problem:
     return make_problem("lm", spec)
 
 
+def join_texts(problems: Sequence[Problem]) -> Problem:
+    """The same run on several texts: their shards one after the other, and as much held out of each."""
+    count = min(len(problem.data.shards) for problem in problems)
+    held_out = min(len(problem.data.held_out) for problem in problems)
+    shards = np.stack([problem.data.shards[:count] for problem in problems], axis=1)
+    data = TrainingData(
+        vocabulary_size=problems[0].data.vocabulary_size,
+        shards=shards.reshape(-1, *shards.shape[2:]),
+        held_out=np.concatenate([problem.data.held_out[:held_out] for problem in problems]),
+    )
+    return replace(problems[0], data=data)
+
+
 def with_spec(problem: Problem, spec: RunSpec) -> Problem:
     """The same data under another spec of the same batches."""
     return replace(problem, spec=spec, optimizer=spec.train.optimizer)
@@ -124,17 +144,42 @@ def train_single(problem: Problem, num_workers: int, steps_per_s: float, upload_
     return Outcome(curve=tuple(curve), tokens=num_steps * spec.step_tokens)
 
 
-def train_rounds(problem: Problem, fleet: Fleet, *, as_published: bool = False) -> Outcome:
+class KindsApart(TensorLearner):
+    """Every worker trains shards of one kind alone: those whose index leaves the same rest as its number does.
+
+    What is leased is counted as it is; other shards are taken, none of them twice in a pass over the data.
+    """
+
+    def set_kinds(self, num_kinds: int) -> None:
+        """The problem's shards are of so many kinds, one after the other."""
+        self._used = [0] * num_kinds  # shards of each kind
+
+    def open_round(self, works: Sequence[Work]) -> None:
+        super().open_round([replace(work, grant=self._of_one_kind(work.grant)) for work in works])
+
+    def _of_one_kind(self, grant: GrantLease) -> GrantLease:
+        num_kinds = len(self._used)
+        kind = int(grant.peer.rpartition("-")[2]) % num_kinds
+        num_shards = len(self._problem.data.shards) // num_kinds
+        numbers = range(self._used[kind], self._used[kind] + len(grant.units))
+        self._used[kind] = numbers.stop
+        return replace(grant, units=tuple((0, kind + num_kinds * (number % num_shards)) for number in numbers))
+
+
+def train_rounds(problem: Problem, fleet: Fleet, *, as_published: bool = False, num_kinds: int = 1) -> Outcome:
     """A whole run of the fleet under problem.spec, in the simulator.
 
-    as_published: rounds begin at θ and a merge leaves the inner optimizer's state alone, unlike ours.
+    as_published: rounds begin at θ and a merge leaves the inner optimizer's state alone, unlike ours. num_kinds: of
+    shards, one after the other in the problem's data; a worker gets one kind alone.
     """
-    learner = TensorLearner(
+    learner = (TensorLearner if num_kinds == 1 else KindsApart)(
         problem,
         make_backend("batched", problem, device=DEVICE),
         kept_share=0.0 if as_published else KEPT_SHARE,
         turns_momentum=not as_published,
     )
+    if isinstance(learner, KindsApart):
+        learner.set_kinds(num_kinds)
     with tempfile.TemporaryDirectory() as folder:
         scenario = parse_scenario(_describe(problem.spec, fleet, learner.num_parameters), where="benchmark")
         run = VirtualRun(scenario, learner, len(problem.data.shards), Path(folder))
@@ -178,7 +223,7 @@ def _widen(problem: Problem, num_workers: int) -> Problem:
 
 def _describe(spec: RunSpec, fleet: Fleet, num_parameters: int) -> dict[str, Any]:
     """A scenario file's content. Nobody can be dialled: a worker sends its own payload, the coordinator the others'."""
-    run = change(spec, round={"min_peers": fleet.size}).model_dump(exclude={"name", "seed"})
+    run = change(spec, round={"min_peers": fleet.size - bool(fleet.away_s)}).model_dump(exclude={"name", "seed"})
     flops_per_step = 6.0 * num_parameters * spec.step_tokens
     return {
         "name": "learning",
@@ -193,6 +238,10 @@ def _describe(spec: RunSpec, fleet: Fleet, num_parameters: int) -> dict[str, Any
 
 
 def _describe_worker(number: int, steps_per_s: float, fleet: Fleet, flops_per_step: float) -> dict[str, Any]:
+    sessions: tuple[tuple[float, ...], ...] = ()
+    if fleet.away_s:
+        from_h, to_h = (moment / 3600.0 for moment in fleet.away_s[number])
+        sessions = ((0.0, from_h), (to_h,)) if from_h > 0.0 else ((to_h,),)
     return {
         "name": f"worker-{number}",
         "count": 1,
@@ -206,5 +255,6 @@ def _describe_worker(number: int, steps_per_s: float, fleet: Fleet, flops_per_st
             "down_bps": fleet.download_bps,
             "latency_s": LATENCY_S,
             "dialable": 0.0,
+            "sessions_hours": sessions,
         },
     }

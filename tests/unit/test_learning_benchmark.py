@@ -1,6 +1,7 @@
 """benchmarks.learning: whole runs in virtual time, in miniature, and the figures that are made of them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,23 @@ from benchmarks.learning_arms import (
     train,
     train_arms,
 )
-from benchmarks.learning_runs import Fleet, Outcome, Point, change, load_problem, train_rounds, train_single, with_spec
+from benchmarks.learning_runs import (
+    Fleet,
+    KindsApart,
+    Outcome,
+    Point,
+    change,
+    join_texts,
+    load_problem,
+    train_rounds,
+    train_single,
+    with_spec,
+)
 from protocol.parameters import count_parameters
 from protocol.run_spec import RunSpec
+from simulations.learning.backend import make_backend
 from simulations.learning.problem import Problem
+from tests.unit.test_learning_learner import PEERS, make_work
 
 WORDS = ["worker", "trains", "lease", "and", "sends", "what", "learned", "the", "peers", "round"]
 NUM_STEPS = 60
@@ -96,6 +110,29 @@ def test_one_optimizer_is_the_same_whether_it_is_evaluated_on_the_way_or_not(
     assert once.loss == pytest.approx(often.loss, abs=2e-3)
 
 
+def test_workers_away_in_turn_train_the_same_tokens(problem: Problem) -> None:
+    arm = Arm(title="ours", optimizer="adamw", rounds=AUTO)
+    steady, breaks = (train(arm, problem, 5e-3, NUM_STEPS, breaks=breaks) for breaks in (False, True))
+    assert steady.tokens == breaks.tokens == 4 * NUM_STEPS * problem.spec.step_tokens
+    assert breaks.loss != steady.loss
+
+
+def test_texts_are_joined_and_each_worker_has_shards_of_its_own_kind_once(problem: Problem) -> None:
+    other = replace(problem, data=replace(problem.data, shards=problem.data.shards[:9] + 1))
+    both = join_texts([problem, other])
+    assert len(both.data.shards) == 18
+    np.testing.assert_array_equal(both.data.shards[6], problem.data.shards[3])
+    np.testing.assert_array_equal(both.data.shards[7], other.data.shards[3])
+    learner = KindsApart(both, make_backend("batched", both, device=torch.device("cpu")))
+    learner.set_kinds(2)
+    taken: dict[str, list[int]] = {peer: [] for peer in PEERS}
+    for _ in range(2):
+        learner.open_round([make_work(learner, peer) for peer in PEERS])
+        for peer in PEERS:
+            taken[peer] += [index for _, index in learner._works[peer].grant.units]
+    assert taken == {"peer-0": [0, 2, 8, 10], "peer-1": [1, 3, 5, 7], "peer-2": [4, 6, 12, 14]}
+
+
 def test_run_gives_the_same_bits_when_it_is_repeated(problem: Problem) -> None:
     first, second = (train_rounds(of_length(problem, 40), fleet(1.0, 0.5)) for _ in range(2))
     assert first == second
@@ -137,7 +174,8 @@ def test_every_arm_is_a_valid_run() -> None:
 
 
 def make_results() -> dict[str, Result]:
-    names = [*list_arms(100), "uneven", "overlap", *(f"alone_muon_in_time_{mbps}" for mbps in UPLOADS_MBPS)]
+    more = ("uneven", "breaks", "kinds_mixed", "kinds_apart", "overlap")
+    names = [*list_arms(100), *more, *(f"alone_muon_in_time_{mbps}" for mbps in UPLOADS_MBPS)]
     losses = dict.fromkeys(names, 2.0) | {"alone_muon": 3.0, "sync_adamw": 2.5, "diloco": 4.0, "overlap": 2.1}
     return {
         name: Result(
@@ -154,7 +192,7 @@ def test_figures_compare_with_the_references_of_the_same_run() -> None:
     assert figures["loss_vs_sync_adamw"] == 0.8
     assert figures["loss_vs_diloco"] == 0.5
     assert figures["overlap_cost"] == pytest.approx(0.05)
-    assert figures["uneven_cost"] == 0.0
+    assert figures["uneven_cost"] == figures["breaks_cost"] == figures["kinds_cost"] == 0.0
 
 
 def test_pictures_name_every_arm(tmp_path: Path) -> None:
