@@ -24,7 +24,7 @@ from protocol.codecs.float16 import Float16Codec
 from protocol.codecs.float32 import Float32Codec
 from protocol.codecs.int2 import Int2Codec
 from protocol.codecs.integer import Int4Codec, Int8Codec
-from protocol.codecs.payload import Codec, Options, PayloadHeader, PayloadSummary, PiecewiseCodec
+from protocol.codecs.payload import HEADER_BYTES, Codec, PayloadHeader, PayloadSummary, PiecewiseCodec
 from protocol.codecs.sign import SignCodec
 from protocol.codecs.sparse import SparseCodec
 from protocol.errors import ConfigError, PayloadError
@@ -54,15 +54,15 @@ def get_codec(name: str, options: Mapping[str, int | float] | None = None) -> Co
 
 def codec_of(payload: bytes) -> Codec:
     """The codec, with its options, that a payload's header names. Raises PayloadError when there is no such codec."""
-    header = PayloadHeader.from_bytes(payload)
-    return _make_codec(header.codec_id, header.options)
+    return _codec_named(payload[:HEADER_BYTES])
 
 
 @lru_cache(maxsize=64)
-def _make_codec(codec_id: int, options: Options) -> Codec:
-    codec = _BY_ID.get(codec_id)
+def _codec_named(start: bytes) -> Codec:
+    header = PayloadHeader.from_bytes(start)
+    codec, options = _BY_ID.get(header.codec_id), header.options
     if codec is None:
-        raise PayloadError(f"the payload names codec {codec_id}, which this program does not know")
+        raise PayloadError(f"the payload names codec {header.codec_id}, which this program does not know")
     names = _option_names(codec)
     if any(options[len(names) :]):
         raise PayloadError(f"the payload holds options that the codec {codec.name} does not have")

@@ -71,7 +71,7 @@ class BatchedBackend:
         with torch.no_grad(), seeded(self._device, _seed(ordered)):
             starts_pd = self._to_device(starts if starts.ndim == 1 else starts[order])
             ends_pd, losses_sp = self._make_steps(starts_pd, ordered, merge)
-            gradients_pd = (starts_pd - ends_pd).cpu().numpy()
+            gradients_pd = torch.sub(starts_pd, ends_pd, out=ends_pd).cpu().numpy()
         means = _mean_losses(losses_sp, ordered)
         if not np.isfinite(gradients_pd).all():
             raise DivergedError("the lease of a peer gave no finite result; lower train.learning_rate")
@@ -94,6 +94,7 @@ class BatchedBackend:
         spec, num_peers = self._problem.spec, len(jobs)
         counts = np.array([len(job.shards) for job in jobs]) * spec.data.shard_steps
         num_steps = int(counts[0])
+        num_active = (counts > np.arange(num_steps)[:, None]).sum(axis=1).tolist()
         rows = self._gather_rows(jobs)
         rates = self._to_device(self._gather_rates(jobs, num_steps))
         parameters = self._pad(starts.expand(num_peers, -1))
@@ -105,8 +106,7 @@ class BatchedBackend:
             self._optimizer.turn_momentum(turned, self._to_device(merge.moved), merge.rate_sum)
             state[turning] = turned
         losses = np.full((num_steps, num_peers), np.nan)
-        for step in range(num_steps):
-            active = int((counts > step).sum())
+        for step, active in enumerate(num_active):
             gradients, loss = self._compute(parameters, rows(step), active)
             losses[step, :active] = self._update(
                 parameters[:active], gradients, loss, state[:active], rates[step, :active]
