@@ -30,8 +30,8 @@ SPARSE_CHUNK = 4096  # values of which a sparse codec keeps k (protocol.codecs.s
 FIRST_STEPS = 5  # before any link was measured: a round that is soon over, and measures them
 # The best rates of one worker with so many parameters in a run of so many steps; see choose_learning_rate.
 ALONE_RATES = {"muon": 1.3e-2, "adamw": 6e-3}
-HIGHEST_RATES = {"muon": 3e-2, "adamw": 6e-3}
-RATE_PARAMETERS, RATE_STEPS, RATE_MOST_LONGER, RATE_MOST_WORKERS = 130_000, 300.0, 3.0, 4
+HIGHEST_RATES = {"muon": 4e-2, "adamw": 6e-3}
+RATE_PARAMETERS, RATE_STEPS, RATE_MOST_LONGER, RATE_MOST_WORKERS = 130_000, 300.0, 3.0, 8
 # The steps that follow from a round's time stay as they were while they are so near: speeds are never quite the same.
 HELD_WITHIN = 0.1
 
