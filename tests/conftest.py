@@ -16,11 +16,15 @@ settings.register_profile("search", deadline=None, print_blob=True, max_examples
 settings.load_profile("repeatable")
 
 WITH_PROCESSES = "tests/integration/"
-PLACES = {WITH_PROCESSES: 0, "tests/browser/": 2}
+LIGHT = tuple(f"{WITH_PROCESSES}test_{name}" for name in ("bad_input", "butterfly", "exchange.py", "service"))
+
+
+def keeps_cores_busy(nodeid: str) -> bool:
+    return nodeid.startswith(WITH_PROCESSES) and not nodeid.startswith(LIGHT)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: next((place for start, place in PLACES.items() if item.nodeid.startswith(start)), 1))
+    items.sort(key=lambda item: (not keeps_cores_busy(item.nodeid), item.nodeid.startswith("tests/browser/")))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -31,7 +35,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         """A scope is given to one of pytest's processes as a whole, in the order of the tests."""
 
         def _split_scope(self, nodeid: str) -> str:
-            return WITH_PROCESSES if nodeid.startswith(WITH_PROCESSES) else nodeid.partition("::")[0]
+            return WITH_PROCESSES if keeps_cores_busy(nodeid) else nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False
     return ByProcesses(config, log)

@@ -153,7 +153,8 @@ def _settle(state: State, round_: Round, because: str, now_s: float) -> list[Eff
     _free_the_away(state, round_)
     credits_ = weigh(state, accepted)
     if groups.are_needed(state, accepted):
-        return groups.begin(state, round_, credits_, because, now_s)
+        orders = groups.begin(state, round_, credits_, because, now_s)
+        return [*orders, *_close_groups(state, round_, now_s)] if groups.are_settled(round_) else orders
     return _close(state, round_, credits_, because, now_s)
 
 

@@ -278,10 +278,10 @@ class Core(CoreModel):
         before = replace(self.run.peer(name)) if name in self.run.state.peers else None
         match kind:
             case "ban":
-                kept = name in self.names_with(LeaseStatus.ACCEPTED)
+                round_, kept = self.run.state.round, name in self.names_with(LeaseStatus.ACCEPTED)
                 self.send(ev.PeerBanned(peer=name, reason="noise"))
                 assert bool(self.run.find(fx.DismissPeer)) == (before is not None and not before.banned)
-                if kept and self.run.state.round is not None and not self.run.find(fx.CloseRound):
+                if kept and self.run.state.round is round_:
                     assert name in self.names_with(LeaseStatus.ACCEPTED, LeaseStatus.CLOSED)
             case "unban":
                 self.send(ev.PeerUnbanned(peer=name))

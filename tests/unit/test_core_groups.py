@@ -184,3 +184,14 @@ def test_answer_changes_nothing_when_nobody_asked_for_it(change: dict[str, Any])
     run.send(ev.GroupMerged(**facts, payload_hash=RIGHT, payload_bytes=10))
     assert run.state.round is not None
     assert all(not group.results for group in run.state.round.groups)
+
+
+def test_round_is_void_at_once_when_nobody_is_there_to_merge() -> None:
+    run = CoreRun(num_shards=1000, exchange={"method": "butterfly"})
+    run.start("ann", "bob")
+    run.contribute("ann")
+    for name in ("ann", "bob"):
+        run.send(ev.PeerLeft(peer=name, reason="gone"))
+    (void,) = run.find(fx.VoidRound)
+    assert void.reason == "no group could be merged"
+    assert run.state.round is None

@@ -2,6 +2,7 @@
 
 import asyncio
 import builtins
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,14 @@ def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def read_logs(folder: Path) -> list[bytes]:
-    """What W&B keeps of each run that it could not send."""
-    return [path.read_bytes() for path in folder.glob("wandb/offline-run-*/*.wandb")]
+def read_logs(folder: Path, awaited: bytes) -> list[bytes]:
+    """What W&B keeps of each run that it could not send. Its own process may still write when it says it is done."""
+    deadline_s = time.monotonic() + 20.0
+    while True:
+        logs = [path.read_bytes() for path in folder.glob("wandb/offline-run-*/*.wandb")]
+        if awaited in b"".join(logs) or time.monotonic() > deadline_s:
+            return logs
+        time.sleep(0.1)
 
 
 async def test_each_round_is_in_tensorboard_once_when_the_coordinator_was_started_again(tmp_path: Path) -> None:
@@ -73,9 +79,8 @@ async def test_rounds_are_logged_to_wandb_offline(tmp_path: Path, monkeypatch: p
     run.join(ann)
     play(run, 3)
     await write_once(run, wandb="manyhands-test")
-    logged = read_logs(tmp_path)
-    assert len(logged) == 1
-    assert b"loss/held_out" in logged[0]
+    (logged,) = read_logs(tmp_path, b"loss/held_out")
+    assert b"loss/held_out" in logged
     run.database.close()
 
 
