@@ -2,8 +2,7 @@
 ones: `pytest --hypothesis-profile search tests/property`.
 
 `make test` runs two tests at a time (pytest-xdist): those that start a run's processes one after the other, since each
-of them keeps two cores busy, and beside them the others, file by file. Those with a browser come last, so that both of
-pytest's processes have something to do until the end.
+of them keeps two cores busy, and beside them the others, file by file.
 """
 
 from typing import Any
@@ -15,8 +14,8 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, print_b
 settings.register_profile("search", deadline=None, print_blob=True, max_examples=1000)
 settings.load_profile("repeatable")
 
-WITH_PROCESSES = "tests/integration/"
-LIGHT = tuple(f"{WITH_PROCESSES}test_{name}" for name in ("bad_input", "butterfly", "exchange.py", "service"))
+WITH_PROCESSES = ("tests/integration/", "tests/browser/")
+LIGHT = tuple(f"tests/integration/test_{name}" for name in ("bad_input", "butterfly", "exchange.py", "service"))
 
 
 def keeps_cores_busy(nodeid: str) -> bool:
@@ -24,7 +23,7 @@ def keeps_cores_busy(nodeid: str) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: (not keeps_cores_busy(item.nodeid), item.nodeid.startswith("tests/browser/")))
+    items.sort(key=lambda item: not keeps_cores_busy(item.nodeid))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -35,7 +34,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         """A scope is given to one of pytest's processes as a whole, in the order of the tests."""
 
         def _split_scope(self, nodeid: str) -> str:
-            return WITH_PROCESSES if keeps_cores_busy(nodeid) else nodeid.partition("::")[0]
+            return "processes" if keeps_cores_busy(nodeid) else nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False
     return ByProcesses(config, log)
