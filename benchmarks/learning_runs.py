@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from coordinator.core.effects import GrantLease
 from protocol import parameters
-from protocol.error_feedback import KEPT_SHARE
 from protocol.run_spec import RunSpec
 from simulations.learner import Work
-from simulations.learning.backend import Job, make_backend
+from simulations.learning.backend import Backend, Job, make_backend
 from simulations.learning.learner import TensorLearner
 from simulations.learning.problem import Problem, TrainingData, make_problem
 from simulations.scenario import parse_scenario
@@ -150,8 +149,8 @@ class KindsApart(TensorLearner):
     What is leased is counted as it is; other shards are taken, none of them twice in a pass over the data.
     """
 
-    def set_kinds(self, num_kinds: int) -> None:
-        """The problem's shards are of so many kinds, one after the other."""
+    def __init__(self, problem: Problem, backend: Backend, num_kinds: int) -> None:
+        super().__init__(problem, backend)
         self._used = [0] * num_kinds  # shards of each kind
 
     def open_round(self, works: Sequence[Work]) -> None:
@@ -172,14 +171,13 @@ def train_rounds(problem: Problem, fleet: Fleet, *, as_published: bool = False, 
     as_published: rounds begin at θ and a merge leaves the inner optimizer's state alone, unlike ours. num_kinds: of
     shards, one after the other in the problem's data; a worker gets one kind alone.
     """
-    learner = (TensorLearner if num_kinds == 1 else KindsApart)(
-        problem,
-        make_backend("batched", problem, device=DEVICE),
-        kept_share=0.0 if as_published else KEPT_SHARE,
-        turns_momentum=not as_published,
-    )
-    if isinstance(learner, KindsApart):
-        learner.set_kinds(num_kinds)
+    backend = make_backend("batched", problem, device=DEVICE)
+    if num_kinds > 1:
+        learner: TensorLearner = KindsApart(problem, backend, num_kinds)
+    elif as_published:
+        learner = TensorLearner(problem, backend, kept_share=0.0, turns_momentum=False)
+    else:
+        learner = TensorLearner(problem, backend)
     with tempfile.TemporaryDirectory() as folder:
         scenario = parse_scenario(_describe(problem.spec, fleet, learner.num_parameters), where="benchmark")
         run = VirtualRun(scenario, learner, len(problem.data.shards), Path(folder))

@@ -111,10 +111,10 @@ def main() -> None:
         table.add_column(heading)
     flat = [trial for each in trials for trial in each]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=set_threads, initargs=(1,)) as pool:
-        outcomes = list(track(pool.map(run_trial, flat), f"{len(flat)} runs", len(flat), console=console))
+        outcomes = iter(list(track(pool.map(run_trial, flat), f"{len(flat)} runs", len(flat), console=console)))
     figures: dict[str, Figure] = {}
     for case, own in zip(cases, trials, strict=True):
-        made, row = describe(case, [outcomes.pop(0) for _ in own])
+        made, row = describe(case, [next(outcomes) for _ in own])
         figures |= made
         table.add_row(*row)
     console.print(table)

@@ -117,14 +117,21 @@ def test_workers_away_in_turn_train_the_same_tokens(problem: Problem) -> None:
     assert breaks.loss != steady.loss
 
 
+def test_who_is_away_trains_nothing(problem: Problem) -> None:
+    away = replace(fleet(1.0, 1.0), away_s=((0.0, 1e6), (1e6, 2e6)))
+    with_absent, alone = (train_rounds(of_length(problem, 40), each) for each in (away, fleet(1.0)))
+    assert with_absent.rounds == alone.rounds
+    assert with_absent.loss == pytest.approx(alone.loss, abs=1e-6)
+    assert with_absent.sent_bytes == alone.sent_bytes / 2
+
+
 def test_texts_are_joined_and_each_worker_has_shards_of_its_own_kind_once(problem: Problem) -> None:
     other = replace(problem, data=replace(problem.data, shards=problem.data.shards[:9] + 1))
     both = join_texts([problem, other])
     assert len(both.data.shards) == 18
     np.testing.assert_array_equal(both.data.shards[6], problem.data.shards[3])
     np.testing.assert_array_equal(both.data.shards[7], other.data.shards[3])
-    learner = KindsApart(both, make_backend("batched", both, device=torch.device("cpu")))
-    learner.set_kinds(2)
+    learner = KindsApart(both, make_backend("batched", both, device=torch.device("cpu")), 2)
     taken: dict[str, list[int]] = {peer: [] for peer in PEERS}
     for _ in range(2):
         learner.open_round([make_work(learner, peer) for peer in PEERS])
