@@ -1,6 +1,7 @@
 """Held-out loss, bytes and virtual time: alone, synchronous, published methods for slow links, and manyhands.
 
     python -m benchmarks.learning [--quick] [--json FILE] [--pictures FOLDER] [--text PATH] [--size NAME] [--steps S]
+        [--runs FOLDER]
 
 Four workers train a small language model (benchmarks.learning_runs), each S inner steps of 512 tokens on a computer
 that makes one a second of virtual time with the smallest model, and fewer with larger ones. It stands for a model a
@@ -27,6 +28,7 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -150,14 +152,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, help="one size only")
     parser.add_argument("--steps", type=int, metavar="S", help="inner steps of one worker")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (one a core)")
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="keep every run there, and do none of them twice")
     parser.add_argument("--seeds", type=int, metavar="N", help="how many seeds (3)")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_arguments()
-    if options.pictures is not None:
-        options.pictures.mkdir(parents=True, exist_ok=True)
+    for folder in (options.pictures, options.runs):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     console.print("learning rates:", {name: list(rates) for name, rates in RATES.items()}, highlight=False)
@@ -183,7 +187,12 @@ def _train_table(
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=set_threads, initargs=(1,)) as pool:
 
         def run_all(trials: Sequence[Trial]) -> Iterable[Outcome]:
-            return track(pool.map(run_trial, trials), f"{title}: {len(trials)} runs", len(trials), console=console)
+            return track(
+                pool.map(partial(run_trial, folder=options.runs), trials),
+                f"{title}: {len(trials)} runs",
+                len(trials),
+                console=console,
+            )
 
         results = train_all(bases, num_steps, run_all)
     heading = f"{title}: {NUM_WORKERS} workers, {num_steps} inner steps each, {num_seeds} seed(s)"

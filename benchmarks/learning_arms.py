@@ -1,11 +1,15 @@
 """The arms of benchmarks.learning: what each of them sets, the grid of learning rates, and how all are trained."""
 
+import os
 import pydoc_data.topics
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from benchmarks.learning_runs import (
     Fleet,
@@ -19,6 +23,7 @@ from benchmarks.learning_runs import (
 )
 from protocol.parameters import count_parameters
 from protocol.run_spec import AUTO, RunSpec
+from protocol.signing import sha256_hex
 from simulations.learning.problem import Problem
 
 NUM_WORKERS = 4
@@ -189,8 +194,22 @@ class Trial:
 Runner = Callable[[Sequence[Trial]], Iterable[Outcome]]  # outcomes in the trials' order, as they come
 
 
-def run_trial(trial: Trial) -> Outcome:
-    """In this process."""
+def run_trial(trial: Trial, folder: Path | None = None) -> Outcome:
+    """In this process. folder: outcomes are kept there, and what is there already is not trained again."""
+    if folder is None:
+        return _train(trial)
+    content = TypeAdapter(Trial).dump_json(replace(trial, arm=replace(trial.arm, title="")))
+    file = folder / f"{sha256_hex(content)[:16]}.json"
+    if file.exists():
+        return TypeAdapter(Outcome).validate_json(file.read_bytes())
+    outcome = _train(trial)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(TypeAdapter(Outcome).dump_json(outcome))
+    partial.replace(file)
+    return outcome
+
+
+def _train(trial: Trial) -> Outcome:
     texts = trial.texts or (trial.base.data.source,)
     problem = _load(tuple(change(trial.base, data={"source": text}).model_dump_json() for text in texts))
     num_kinds = len(texts) if trial.by_kind else 1

@@ -50,6 +50,7 @@ class PeerMessages:
                         digest=_limited(message.state.digest, 64),
                         claimed_steps_per_s=_finite(message.state.claimed_steps_per_s),
                         download_bps=_finite(message.state.download_bps),
+                        optimizer_share=_finite(message.state.optimizer_share),
                     )
                 )
             case "availability":

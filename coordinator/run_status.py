@@ -103,6 +103,7 @@ class RunStatus:
             "steps_per_s": round(peer.steps_per_s, 3),
             "upload_bps": round(peer.upload_bps),
             "download_bps": round(peer.download_bps),
+            "optimizer_share": round(peer.optimizer_share, 3),
             "credited_tokens": peer.credited_tokens,
             "accepted": peer.accepted,
             "refused": peer.refused,

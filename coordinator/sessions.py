@@ -223,6 +223,7 @@ class Sessions:
             codec=grant.codec,
             codec_options=dict(grant.codec_options),
             learning_rate=grant.learning_rate,
+            optimizer=grant.optimizer,
             contribute=grant.contribute,
             ahead=_refs(grant.ahead),
         )

@@ -106,6 +106,9 @@ class Lease(Document):
     codec: Name = Field(description="what the contribution is encoded with")
     codec_options: dict[str, int | float]
     learning_rate: Share | None = Field(None, description=_RATE, exclude_if=_is_missing)
+    optimizer: Name | None = Field(
+        None, description="the inner one, when it is not in run.toml", exclude_if=_is_missing
+    )
     contribute: bool = Field(True, description="False: train and keep the result; this peer's turn comes later")
     ahead: tuple[ShardRef, ...] = Field((), description="shards to go on with while the round is exchanged and merged")
 

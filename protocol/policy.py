@@ -31,6 +31,8 @@ FIRST_STEPS = 5  # before any link was measured: a round that is soon over, and 
 # The best rates of one worker with so many parameters in a run of so many steps; see choose_learning_rate.
 ALONE_RATES = {"muon": 1.3e-2, "adamw": 6e-3}
 HIGHEST_RATES = {"muon": 4e-2, "adamw": 6e-3}
+# Of an inner step, that Muon's update may take: one of its steps is worth three of AdamW's (docs/convergence.md).
+MOST_MUON_SHARE = 0.7
 RATE_PARAMETERS, RATE_STEPS, RATE_MOST_LONGER, RATE_MOST_WORKERS = 130_000, 300.0, 3.0, 8
 # The steps that follow from a round's time stay as they were while they are so near: speeds are never quite the same.
 HELD_WITHIN = 0.1
@@ -85,6 +87,7 @@ class ExchangePlan:
     reason: str
     round_s: float | None = None  # what the operator wants a round to take, when the steps follow from it
     learning_rate: float | None = None  # the highest of the inner steps', when run.toml leaves it to `auto`
+    optimizer: str | None = None  # the inner one, when run.toml leaves it to `auto`
 
 
 def describe_links(step_s: list[float], upload_bps: list[float], download_bps: list[float]) -> Links:
@@ -150,7 +153,7 @@ def plan_exchange(
         longest = max(most_steps, run_steps / FEWEST_ROUNDS)
         limit = max(share, MOST_SHARE)
         plan = _choose_shortest(candidates, most_steps, longest, num_parameters, contributors, links, limit)
-        plan = replace(plan, reason=f"a short run, in which exchange may take {limit:.0%}: {plan.reason}")
+        plan = replace(plan, reason=f"a short run: exchange may take {limit:.0%}: {plan.reason}")
     return _leave_beside(plan, choices, num_parameters, contributors, links) if overlap else plan
 
 
@@ -176,6 +179,21 @@ def choose_learning_rate(optimizer: str, *, num_parameters: int, run_steps: floa
     longer = min(max(1.0, math.sqrt(run_steps / RATE_STEPS)), RATE_MOST_LONGER)
     together = math.sqrt(min(workers, RATE_MOST_WORKERS))
     return min(ALONE_RATES[optimizer] / (larger * longer) * together, HIGHEST_RATES[optimizer])
+
+
+def choose_optimizer(muon_shares: Sequence[float], held: str | None = None) -> tuple[str, str]:
+    """The inner optimizer of a run, and why.
+
+    muon_shares: the part of an inner step, 0 to 1, that Muon's update takes, by each worker's measure. The update costs
+    the same for every batch, so small batches of large models make Muon dear. All workers take the same, since Muon
+    among workers with AdamW learns much less. held: what the run has had so far; it stays, for a change costs momentum.
+    """
+    if not muon_shares:
+        name = held or "muon"
+        return name, name
+    share = median(muon_shares)
+    name = held or ("adamw" if share > MOST_MUON_SHARE else "muon")
+    return name, f"muon ({share:.0%} of a step)" if name == "muon" else f"adamw (muon: {share:.0%} of a step)"
 
 
 def _choose(

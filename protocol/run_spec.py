@@ -76,7 +76,9 @@ class TrainSpec(Section):
 
     tokens: Annotated[int, Field(ge=1)] = Field(4_000_000, description="the run ends when so many are credited")
     batch_sequences: Annotated[int, Field(ge=1, le=1 << 16)] = Field(8, description="sequences in one inner step")
-    optimizer: Literal["adamw", "muon"] = Field("muon", description="adamw wants a smaller learning rate")
+    optimizer: Literal["adamw", "muon", "auto"] = Field(
+        "muon", description='"auto": muon, or adamw where muon\'s update would take most of a step'
+    )
     learning_rate: RateOrAuto = Field(
         8e-3, description='the highest; "auto": by the optimizer, the run\'s length and the number of workers'
     )
@@ -85,6 +87,11 @@ class TrainSpec(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     gradient_clip: Positive = 1.0
+
+    @property
+    def first_optimizer(self) -> Literal["adamw", "muon"]:
+        """What a run begins with before anybody has measured anything."""
+        return "muon" if self.optimizer == AUTO else self.optimizer
 
 
 class RoundSpec(Section):
@@ -211,6 +218,8 @@ class RunSpec(Section):
             raise ValueError(
                 "outer.optimizer = 'average' takes neither momentum nor learning_rate; use 'nesterov' or 'sgd'"
             )
+        if self.train.optimizer == AUTO and self.train.learning_rate != AUTO:
+            raise ValueError("train.optimizer = 'auto' needs train.learning_rate = 'auto': each optimizer has its own")
         if self.exchange.codec == AUTO and self.exchange.codec_options:
             raise ValueError("exchange.codec = 'auto' chooses its own codec_options; leave them out")
         return self

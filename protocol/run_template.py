@@ -17,6 +17,7 @@ _COLUMN = 44
 _ACTIVE = {"name", "data.source", "train.tokens", "coordinator.listen"}
 # What new runs should have (docs/convergence.md). They are not the defaults, with which other runs were made.
 _RECOMMENDED: dict[str, object] = {
+    "train.optimizer": AUTO,
     "train.learning_rate": AUTO,
     "exchange.codec": AUTO,
     "round.inner_steps": AUTO,

@@ -55,7 +55,7 @@ def train_alone(folder: RunFolder, num_steps: int, console: Console) -> AloneRes
     highest_rate = None
     if train.learning_rate == AUTO:
         highest_rate = choose_learning_rate(
-            train.optimizer, num_parameters=genesis.num_parameters, run_steps=num_steps, workers=1
+            train.first_optimizer, num_parameters=genesis.num_parameters, run_steps=num_steps, workers=1
         )
     store = folder.store
     set_threads()

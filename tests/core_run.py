@@ -118,7 +118,13 @@ class CoreRun:
                 )
             )
 
-    def report(self, *names: str, digest: str | None = None, claimed_steps_per_s: float = 1.0) -> None:
+    def report(
+        self,
+        *names: str,
+        digest: str | None = None,
+        claimed_steps_per_s: float = 1.0,
+        optimizer_share: float = 0.0,
+    ) -> None:
         """Each says that it holds the state after the last merge: the right one, unless a digest is given."""
         for name in names:
             self.send(
@@ -127,6 +133,7 @@ class CoreRun:
                     round=self.state.rounds_merged,
                     digest=digest or digest_after(self.state.rounds_merged),
                     claimed_steps_per_s=claimed_steps_per_s,
+                    optimizer_share=optimizer_share,
                 )
             )
 

@@ -33,6 +33,7 @@ from protocol.exchange.piece_index import has_index, make_piece_index
 from protocol.exchange.store import BlobStore
 from protocol.identity import Identity
 from protocol.replica import State
+from protocol.run_spec import AUTO
 from protocol.shard_format import decode_shard
 from protocol.signing import Signed
 from worker.device import set_threads
@@ -170,6 +171,8 @@ class Contributor:
         held = self._saved_lease.load()
         if held is not None and held.displacement.shape == self._displacement.shape:
             self.held = held
+        if self._genesis.spec.train.optimizer == AUTO:
+            self._trainer.use_optimizer(self._saved.optimizer_name or self._trainer.optimizer_name)
         try:
             found = self._saved.load(self._trainer.optimizer)
             if found is None:
@@ -244,6 +247,8 @@ class Contributor:
         should_stop: Callable[[], bool],
         on_step: Callable[[StepReport], None],
     ) -> Trained:
+        if lease.optimizer is not None:
+            self._trainer.use_optimizer(lease.optimizer)
         self._turn_momentum(state)
         received_unix_s = held.facts.received_unix_s if held else time.time()
         lead_shards, self._lead_shards = self._lead_shards, ()
@@ -289,7 +294,7 @@ class Contributor:
 
     def _turn_momentum(self, state: State) -> None:
         """Turn the inner optimizer's momentum towards the merge that made `state` of what was trained from last."""
-        if self._genesis.spec.train.optimizer != "muon":
+        if self._trainer.optimizer_name != "muon":
             return  # nothing to turn, and no older state to hold
         base, self._base = self._base, state
         merge = self._merge

@@ -40,7 +40,7 @@ from worker.preparation import prepare_trainer
 from worker.saved_lease import SavedLease
 from worker.saved_work import SavedWork
 from worker.status import WorkerStatus
-from worker.trainer import StepReport
+from worker.trainer import Speed, StepReport
 
 log = structlog.get_logger()
 MAX_CONFIG_BYTES = 1 << 20
@@ -94,7 +94,7 @@ class Worker:
             make_sensors=self.make_sensors,
             on_decision=self._take_decision,
         )
-        self._claimed_steps_per_s = 0.0
+        self._claimed = Speed(0.0, 0.0)
 
     async def run(self) -> None:
         """Work until `stopping` is set or the run is finished. Raises ManyhandsError when it cannot go on."""
@@ -240,10 +240,10 @@ class Worker:
         await link.fetch_small_blobs([genesis.model_config_hash], self.store, MAX_CONFIG_BYTES)
         hashes: list[str] = json.loads(self.store.read(genesis.shard_index_hash))
         model_config = self.store.read(genesis.model_config_hash)
-        trainer, steps_per_s = await asyncio.to_thread(
+        trainer, speed = await asyncio.to_thread(
             prepare_trainer, genesis, model_config, choose_device(self.options.device), self._allowance.compile_mode
         )
-        self._claimed_steps_per_s = steps_per_s * self.options.throttle
+        self._claimed = speed._replace(steps_per_s=speed.steps_per_s * self.options.throttle)
         give_memory_back()
         contributor = Contributor(
             genesis=genesis,
@@ -348,7 +348,8 @@ class Worker:
                 state=pb.StateReport(
                     round=state.round,
                     digest=state.digest,
-                    claimed_steps_per_s=self._claimed_steps_per_s,
+                    claimed_steps_per_s=self._claimed.steps_per_s,
+                    optimizer_share=self._claimed.optimizer_share,
                     download_bps=self._follower.download_bps,
                 )
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -204,12 +204,26 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, TrainSpec], InnerOptimizer]] = {
 }
 
 
-def build_optimizer(model: nn.Module, train: TrainSpec) -> InnerOptimizer:
-    """The inner optimizer that the spec names, without state. Raises ConfigError when it is not known."""
-    build = OPTIMIZERS.get(train.optimizer)
+def build_optimizer(model: nn.Module, train: TrainSpec, name: str | None = None) -> InnerOptimizer:
+    """The inner optimizer of that name, or that the spec begins with, without state.
+
+    Raises ConfigError when it is not known.
+    """
+    name = name or train.first_optimizer
+    build = OPTIMIZERS.get(name)
     if build is None:
-        raise ConfigError(f"train.optimizer: `{train.optimizer}` is not one of {', '.join(OPTIMIZERS)}")
+        raise ConfigError(f"the optimizer `{name}` is not one of {', '.join(OPTIMIZERS)}")
     return build(model, train)
+
+
+def find_saved_kind(path: Path) -> str | None:
+    """The name of the optimizer whose state a file of `InnerOptimizer.save` holds; None where it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            keys = {name.rpartition(_SEPARATOR)[2] for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (SafetensorError, OSError):
+        return None
+    return "muon" if keys & _STATE_KEYS[Muon] else "adamw"
 
 
 def learning_rate_at(tokens: float, spec: RunSpec, highest: float | None = None) -> float:

@@ -5,15 +5,15 @@ import torch
 from protocol.documents import Genesis
 from protocol.errors import VerificationError
 from worker.governor.preferences import CompileMode
-from worker.trainer import Trainer
+from worker.trainer import Speed, Trainer
 
 BENCHMARK_S = 1.0
 
 
 def prepare_trainer(
     genesis: Genesis, model_config: bytes, device: torch.device, compile_mode: CompileMode
-) -> tuple[Trainer, float]:
-    """The run's trainer, and how many inner steps a second it makes.
+) -> tuple[Trainer, Speed]:
+    """The run's trainer, and how fast it is here.
 
     Raises VerificationError when the run's config gives another model here, DeviceMemoryError.
     """
@@ -24,4 +24,4 @@ def prepare_trainer(
             f"{trainer.num_parameters}"
         )
     trainer.tune(compile_mode)
-    return trainer, trainer.benchmark(BENCHMARK_S).steps_per_s
+    return trainer, trainer.benchmark(BENCHMARK_S)

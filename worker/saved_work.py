@@ -21,7 +21,7 @@ from protocol.codecs.payload import Vector
 from protocol.documents import ShardRef
 from protocol.errors import VerificationError
 from worker.disk import write_tensors
-from worker.optimizers import InnerOptimizer
+from worker.optimizers import InnerOptimizer, find_saved_kind
 
 MOST_OF_THE_TIME = 0.05  # that saving takes
 
@@ -57,6 +57,11 @@ class SavedWork:
     @property
     def is_due(self) -> bool:
         return time.monotonic() >= self._next_s
+
+    @property
+    def optimizer_name(self) -> str | None:
+        """Of the optimizer whose state was saved; None: of none."""
+        return find_saved_kind(self._optimizer_path)
 
     def save(self, unlisted: Unlisted, residual: Vector, optimizer_state: Mapping[str, Tensor]) -> None:
         """Replace both files. optimizer_state: InnerOptimizer.state(). Raises DiskFullError."""

@@ -110,7 +110,14 @@ class Trainer:
         else:
             model = task.build_from_config(model_config, spec.seed)
         self.model = model.to(device)
+        self.optimizer_name: str = spec.train.first_optimizer
         self.optimizer = build_optimizer(self.model, spec.train)
+
+    def use_optimizer(self, name: str) -> None:
+        """Go on with this inner optimizer; another one than now begins without state. Raises ConfigError."""
+        if name != self.optimizer_name:
+            self.optimizer = build_optimizer(self.model, self.spec.train, name)
+            self.optimizer_name = name
 
     @property
     def num_parameters(self) -> int:
@@ -229,21 +236,18 @@ class Trainer:
         Parameters and optimizer state are left as they were: the steps are made by a passing optimizer of the same
         kind at learning rate 0. Raises DeviceMemoryError.
         """
-        scratch = build_optimizer(self.model, self.spec.train)
+        scratch = build_optimizer(self.model, self.spec.train, self.optimizer_name)
         rows = self._random_rows(self.spec.train.batch_sequences)
         self.model.train()
-        durations_s: list[float] = []
+        steps: list[_Step] = []
         with seeded(self.device, 0):
             self._make_step(rows, scratch, 0.0)
             deadline_s = time.perf_counter() + seconds
-            while len(durations_s) < 2 or time.perf_counter() < deadline_s:
-                durations_s.append(self._make_step(rows, scratch, 0.0).compute_s)
-            step_s, started_s = statistics.median(durations_s), time.perf_counter()
-            scratch.step(0.0)
-            synchronize(self.device)
-            share = min(1.0, (time.perf_counter() - started_s) / step_s)
+            while len(steps) < 2 or time.perf_counter() < deadline_s:
+                steps.append(self._make_step(rows, scratch, 0.0))
         scratch.zero_grad()
-        return Speed(1.0 / step_s, share)
+        step_s = statistics.median(step.compute_s for step in steps)
+        return Speed(1.0 / step_s, statistics.median(step.update_s / step.compute_s for step in steps))
 
     def _train(
         self,
@@ -277,6 +281,7 @@ class Trainer:
         """One inner step on rows (B, T + 1); without a finite loss and gradient the parameters stay as they are."""
         started_s = time.perf_counter()
         loss, norm = self._compute_gradient(rows, optimizer)
+        updating_s = time.perf_counter()
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
             try:
@@ -286,7 +291,14 @@ class Trainer:
                     raise DeviceMemoryError(f"{self.device} has no room for the optimizer's state") from error
                 raise
         synchronize(self.device)
-        return _Step(loss=loss, gradient_norm=norm, skipped=skipped, compute_s=time.perf_counter() - started_s)
+        now_s = time.perf_counter()
+        return _Step(
+            loss=loss,
+            gradient_norm=norm,
+            skipped=skipped,
+            compute_s=now_s - started_s,
+            update_s=now_s - updating_s,
+        )
 
     def _compute_gradient(self, rows: Tensor, optimizer: InnerOptimizer) -> tuple[float, float]:
         while True:
@@ -357,6 +369,7 @@ class _Step:
     gradient_norm: float
     skipped: bool
     compute_s: float
+    update_s: float  # of it, the optimizer's update
 
 
 @dataclass(slots=True)

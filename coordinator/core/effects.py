@@ -53,6 +53,7 @@ class GrantLease:
     contribute: bool
     ahead: tuple[Unit, ...]
     learning_rate: float | None = None  # None: as run.toml says
+    optimizer: str | None = None  # None: as run.toml says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

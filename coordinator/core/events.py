@@ -58,6 +58,7 @@ class StateReported:
     digest: str
     claimed_steps_per_s: float = 0.0
     download_bps: float = 0.0  # as the peer measured it in the last merge; 0: not
+    optimizer_share: float = 0.0  # of an inner step, that the optimizer's update takes, as the peer measured; 0: not
     kind: Literal["state_reported"] = "state_reported"
 
 

@@ -195,6 +195,8 @@ def report_state(state: State, event: ev.StateReported, _: float) -> list[Effect
         peer.steps_per_s = min(max(event.claimed_steps_per_s, 0.0), leases.MAX_CLAIMED_STEPS_PER_S)
     if event.download_bps > 0.0:
         peer.download_bps = event.download_bps
+    if 0.0 < event.optimizer_share <= 1.0:
+        peer.optimizer_share = event.optimizer_share
     if event.round > state.rounds_merged:
         _drop_report(state, event.peer, PeerStatus.SYNCING)
         reason = f"a state after {event.round} rounds; the run has merged {state.rounds_merged}"

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from coordinator.core.state import State
-from protocol.policy import ExchangePlan, Links, choose_learning_rate, describe_links, plan_exchange
+from protocol.policy import ExchangePlan, Links, choose_learning_rate, choose_optimizer, describe_links, plan_exchange
 from protocol.run_spec import AUTO
 from protocol.signing import sha256_hex
 
@@ -30,10 +30,15 @@ def plan_round(state: State, workers: Collection[str]) -> ExchangePlan:
     )
     if train.learning_rate != AUTO:
         return plan
+    optimizer, said = str(train.optimizer), "learning rate"
+    if train.optimizer == AUTO:
+        shares = [share for peer in workers if (share := state.peers[peer].optimizer_share) > 0.0]
+        optimizer, why = choose_optimizer(shares, before.optimizer if before else None)
+        plan, said = replace(plan, optimizer=optimizer), f"{why}, rate"
     rate = choose_learning_rate(
-        train.optimizer, num_parameters=state.num_parameters, run_steps=run_steps, workers=len(workers)
+        optimizer, num_parameters=state.num_parameters, run_steps=run_steps, workers=len(workers)
     )
-    return replace(plan, learning_rate=rate, reason=f"{plan.reason}; learning rate {rate:.2g}, {len(workers)} workers")
+    return replace(plan, learning_rate=rate, reason=f"{plan.reason}; {said} {rate:.2g}, {len(workers)} workers")
 
 
 def choose_contributors(state: State, workers: Collection[str]) -> set[str]:

@@ -1,5 +1,6 @@
 """One round: opened with frozen membership and deadline, filled with contributions, closed by a manifest or void."""
 
+from dataclasses import replace
 from itertools import islice
 
 from coordinator.core import groups, leases
@@ -76,12 +77,7 @@ def _count_ahead(state: State, num_units: int) -> int:
 
 def _announce(state: State, round_: Round) -> list[Effect]:
     before, state.plan = state.plan, round_.plan
-    if before and (before.codec, before.options, before.inner_steps, before.learning_rate) == (
-        round_.plan.codec,
-        round_.plan.options,
-        round_.plan.inner_steps,
-        round_.plan.learning_rate,
-    ):
+    if before and replace(before, reason="", round_s=None) == replace(round_.plan, reason="", round_s=None):
         return []
     return [AnnouncePlan(round=round_.index, reason=round_.plan.reason)]
 
@@ -102,6 +98,7 @@ def grant_lease(round_: Round, lease: LeaseRecord, now_s: float) -> GrantLease:
         contribute=lease.status is not LeaseStatus.ASIDE,
         ahead=tuple(lease.ahead),
         learning_rate=round_.plan.learning_rate,
+        optimizer=round_.plan.optimizer,
     )
 
 

@@ -65,6 +65,7 @@ class Peer:
     observed: bool = False  # False: steps_per_s is only what the peer claimed
     upload_bps: float = 0.0  # bits a second, as the coordinator saw it; 0: not yet
     download_bps: float = 0.0  # as the peer said; 0: not yet
+    optimizer_share: float = 0.0  # of an inner step, that the optimizer's update takes, as the peer said; 0: not yet
     last_turn: int = -1  # the last round that it was to contribute to
     carried: list[Unit] = field(default_factory=list)  # trained on, not yet merged: kept for its next contribution
     credited_tokens: int = 0

@@ -156,6 +156,7 @@ class StateReport(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     CLAIMED_STEPS_PER_S_FIELD_NUMBER: _builtins.int
     DOWNLOAD_BPS_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_SHARE_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """rounds merged so far"""
     digest: _builtins.str
@@ -163,6 +164,8 @@ class StateReport(_message.Message):
     """a benchmark: sizes the first lease and nothing else"""
     download_bps: _builtins.float
     """bits a second, over the last merge; 0: not measured"""
+    optimizer_share: _builtins.float
+    """of a benchmark's inner step, that the optimizer's update takes; 0: not measured"""
     def __init__(
         self,
         *,
@@ -170,10 +173,11 @@ class StateReport(_message.Message):
         digest: _builtins.str = ...,
         claimed_steps_per_s: _builtins.float = ...,
         download_bps: _builtins.float = ...,
+        optimizer_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claimed_steps_per_s", b"claimed_steps_per_s", "digest", b"digest", "download_bps", b"download_bps", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claimed_steps_per_s", b"claimed_steps_per_s", "digest", b"digest", "download_bps", b"download_bps", "optimizer_share", b"optimizer_share", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -65,10 +65,10 @@ def make_problem(task: Literal["lm", "digits"], spec: RunSpec) -> Problem:
     if task == "digits":
         from simulations.learning.digits import Digits, load_digits
 
-        return Problem(spec=spec, task=Digits(), data=load_digits(spec), optimizer=spec.train.optimizer)
+        return Problem(spec=spec, task=Digits(), data=load_digits(spec), optimizer=spec.train.first_optimizer)
     from worker.tasks import TASKS  # imports transformers
 
-    return Problem(spec=spec, task=TASKS["causal_lm"], data=load_text(spec), optimizer=spec.train.optimizer)
+    return Problem(spec=spec, task=TASKS["causal_lm"], data=load_text(spec), optimizer=spec.train.first_optimizer)
 
 
 def load_text(spec: RunSpec) -> TrainingData:

@@ -45,14 +45,14 @@ HASH, RUN_ID = "0" * 64, "0" * 16
 class Process:
     """What one process of a worker has, in a folder that the next one finds."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, spec: RunSpec = SPEC) -> None:
         self.threads = 1
         store = BlobStore(folder / "blobs")
         shape = (SPEC.data.shard_steps * SPEC.train.batch_sequences, SPEC.data.sequence_length + 1)
         rng = np.random.default_rng(0)
         shards = [encode_shard(rng.integers(VOCABULARY, size=shape), VOCABULARY) for _ in range(NUM_SHARDS)]
         hashes = [store.put(shard) for shard in shards]
-        trainer = self.trainer = Trainer(SPEC, VOCABULARY, torch.device("cpu"))
+        trainer = self.trainer = Trainer(spec, VOCABULARY, torch.device("cpu"))
         self.state = State(7, parameters.flatten(trainer.model))
         self.contributor = Contributor(
             genesis=Genesis(
@@ -60,7 +60,7 @@ class Process:
                 seq=0,
                 previous=HASH,
                 protocol_version=PROTOCOL_VERSION,
-                spec=SPEC,
+                spec=spec,
                 created_unix_s=1_800_000_000,
                 num_parameters=trainer.num_parameters,
                 initial_digest=HASH,
@@ -163,6 +163,23 @@ async def test_optimizer_comes_back_as_at_the_leases_end_when_training_went_on_a
     assert not any(torch.equal(found[name], gone_on[name]) for name in found)
 
 
+async def test_optimizer_is_the_one_that_the_lease_names_and_comes_back_in_the_next_process(tmp_path: Path) -> None:
+    train = SPEC.train.model_copy(update={"optimizer": "auto", "learning_rate": "auto"})
+    spec = SPEC.model_copy(update={"train": train})
+    first = Process(tmp_path, spec)
+    assert first.trainer.optimizer_name == "muon"
+    lease = first.lease.model_copy(update={"optimizer": "adamw", "learning_rate": 1e-3})
+    plain = await Process(tmp_path / "plain").train(lease)
+    np.testing.assert_array_equal((await first.train(lease)).weights, plain.weights)
+    await first.contributor.save(8, at_end=True)
+    second = Process(tmp_path, spec)
+    assert second.contributor.restore() == 8
+    assert second.trainer.optimizer_name == "adamw"
+    found, kept = second.trainer.optimizer.state(), first.trainer.optimizer.state()
+    assert found.keys() == kept.keys() != set()
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+
+
 async def test_lease_begins_where_part_of_what_was_not_sent_is_kept(tmp_path: Path) -> None:
     process = Process(tmp_path)
     contributor, lease, state = process.contributor, process.lease, process.state
@@ -211,12 +228,9 @@ async def test_shard_that_was_refused_and_is_leased_again_is_named_once(tmp_path
     assert trained.shards == (*process.lease.shards, other)
 
 
-async def test_momentum_is_turned_towards_the_merge_of_what_was_trained_and_towards_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_momentum_is_turned_towards_the_merge_of_what_was_trained_and_towards_no_other(tmp_path: Path) -> None:
     train = SPEC.train.model_copy(update={"optimizer": "muon"})
-    monkeypatch.setitem(globals(), "SPEC", SPEC.model_copy(update={"train": train}))
-    process = Process(tmp_path)
+    process = Process(tmp_path, SPEC.model_copy(update={"train": train}))
     contributor, first = process.contributor, process.state
     turned: list[tuple[float, float]] = []
 

@@ -127,6 +127,33 @@ def test_leases_and_manifest_name_the_learning_rate_when_the_run_leaves_it_to_au
     assert start("ann").granted["ann"].learning_rate is None, "run.toml says it"
 
 
+def test_all_leases_of_a_run_name_the_optimizer_that_its_first_workers_measured() -> None:
+    run = start(train={"optimizer": "auto", "learning_rate": "auto"}, round={"min_peers": 2})
+    run.join("ann", "bob")
+    for name, share in (("ann", 0.9), ("bob", 0.8)):
+        run.report(name, optimizer_share=share)
+    assert run.state.round is not None
+    plan = run.state.round.plan
+    assert {run.granted[name].optimizer for name in ("ann", "bob")} == {"adamw"}
+    assert "adamw (muon: 85% of a step), rate" in plan.reason
+    alike = start("ann", "bob", train={"optimizer": "adamw", "learning_rate": "auto"})
+    assert alike.state.round is not None
+    assert plan.learning_rate == alike.state.round.plan.learning_rate
+    assert alike.granted["ann"].optimizer is None, "run.toml says it"
+    run.contribute("ann", "bob")
+    run.report("ann", "bob", optimizer_share=0.1)
+    assert run.granted["ann"].round == 1
+    assert run.granted["ann"].optimizer == "adamw", "a run keeps what it has begun with"
+
+
+@pytest.mark.parametrize("share", [-1.0, 0.0, 1.5, 1e300])
+def test_a_share_that_cannot_be_is_not_taken(share: float) -> None:
+    run = start(train={"optimizer": "auto", "learning_rate": "auto"})
+    run.join("ann")
+    run.report("ann", optimizer_share=share)
+    assert run.granted["ann"].optimizer == "muon"
+
+
 @pytest.mark.parametrize("download_bps", [0.0, -5.0, 1e300])
 def test_claimed_download_speed_changes_nothing_but_the_plan_when_it_is_nonsense(download_bps: float) -> None:
     run = start("ann", "bob", exchange={"codec": "auto"})

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import learning_arms
 from benchmarks.learning import draw, figures_of
 from benchmarks.learning_arms import (
     RATES,
@@ -16,6 +17,7 @@ from benchmarks.learning_arms import (
     UPLOADS_MBPS,
     Arm,
     Result,
+    Trial,
     list_arms,
     make_base,
     run_trial,
@@ -170,6 +172,19 @@ def test_arm_keeps_its_best_rate(problem: Problem, monkeypatch: pytest.MonkeyPat
     results = train_arms(arms, [problem.spec, other], 20, lambda trials: map(run_trial, trials))
     assert results["alone"].rate == 5e-3
     assert len(set(results["alone"].losses)) == 2
+
+
+def test_kept_run_is_not_done_again_and_another_rate_is_another_run(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(learning_arms, "_load", lambda _: problem)
+    trial = Trial(arm=list_arms(4)["alone_muon"], base=problem.spec, rate=0.01, num_steps=4)
+    first = run_trial(trial, tmp_path)
+    assert first == run_trial(trial)
+    monkeypatch.setattr(learning_arms, "_load", lambda _: pytest.fail("it was trained again"))
+    assert run_trial(replace(trial, arm=replace(trial.arm, title="by another name")), tmp_path) == first
+    with pytest.raises(pytest.fail.Exception):
+        run_trial(replace(trial, rate=0.02), tmp_path)
 
 
 def test_every_arm_is_a_valid_run() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.codecs import get_codec
-from protocol.policy import CHOICES, ExchangePlan, Links, choose_learning_rate, plan_exchange
+from protocol.policy import CHOICES, ExchangePlan, Links, choose_learning_rate, choose_optimizer, plan_exchange
 
 
 def plan(
@@ -98,7 +98,7 @@ def test_short_run_has_rounds_enough_while_they_are_not_mostly_exchange() -> Non
     )
     assert long.inner_steps > 40
     assert (short.codec, short.inner_steps) == ("sign", 15)
-    assert short.reason.startswith("a short run, in which exchange may take 25%: sign, 15 inner steps")
+    assert short.reason.startswith("a short run: exchange may take 25%: sign, 15 inner steps")
     assert (hopeless.codec, hopeless.inner_steps) == ("sign", 29), "ten rounds at least"
     assert "more than the 25% wanted" in hopeless.reason
 
@@ -161,7 +161,7 @@ def test_reason_leaves_room_in_a_manifest_whatever_the_run(round_s: float | None
                 round_s=round_s,
                 overlap=overlap,
             )
-            assert len(f"{chosen.reason}; learning rate 0.0123, 99999 workers") < 300
+            assert len(f"{chosen.reason}; adamw (muon: 100% of a step), rate 0.0123, 99999 workers") < 300
 
 
 def test_reason_names_share_and_link() -> None:
@@ -253,3 +253,20 @@ def test_learning_rate_falls_with_size_and_length_and_rises_with_the_workers_for
     assert rate() < rate(workers=2) < rate(workers=4) < rate(workers=8) == rate(workers=1000)
     assert rate("adamw") < rate()
     assert rate(num_parameters=1, workers=1000) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("shares", "held", "name", "why"),
+    [
+        ([], None, "muon", "muon"),
+        ([0.1, 0.2, 0.99], None, "muon", "muon (20% of a step)"),
+        ([0.8, 0.9, 0.01], None, "adamw", "adamw (muon: 80% of a step)"),
+        ([0.9], "muon", "muon", "muon (90% of a step)"),
+        ([0.1], "adamw", "adamw", "adamw (muon: 10% of a step)"),
+        ([], "adamw", "adamw", "adamw"),
+    ],
+)
+def test_muon_is_taken_unless_its_update_is_most_of_a_step_at_most_workers(
+    shares: list[float], held: str | None, name: str, why: str
+) -> None:
+    assert choose_optimizer(shares, held) == (name, why)

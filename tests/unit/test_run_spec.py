@@ -80,8 +80,17 @@ def test_number_of_further_problems_is_told_when_there_are_several(tmp_path: Pat
     assert "(and 2 more)" in complaint(tmp_path, "[round]\ninner_steps = 0\nmin_peers = 0\nexchange_s = 0.0")
 
 
-def test_settings_that_exclude_each_other_are_refused_with_what_to_use_instead(tmp_path: Path) -> None:
-    assert "use 'nesterov' or 'sgd'" in complaint(tmp_path, '[outer]\noptimizer = "average"\nmomentum = 0.5')
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ('[outer]\noptimizer = "average"\nmomentum = 0.5', "use 'nesterov' or 'sgd'"),
+        ('[train]\noptimizer = "auto"', "needs train.learning_rate = 'auto'"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused_with_what_to_use_instead(
+    tmp_path: Path, text: str, advice: str
+) -> None:
+    assert advice in complaint(tmp_path, text)
 
 
 @pytest.mark.parametrize("text", ["name = ", "[round", b"\xff\xfe", 'name = "a"\nname = "b"'])

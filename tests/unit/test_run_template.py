@@ -7,7 +7,7 @@ from protocol.run_template import render_spec, render_template
 
 RECOMMENDED = RunSpec.model_validate(
     {
-        "train": {"learning_rate": "auto"},
+        "train": {"optimizer": "auto", "learning_rate": "auto"},
         "exchange": {"codec": "auto"},
         "round": {"inner_steps": "auto"},
         "outer": {"optimizer": "average"},

@@ -23,6 +23,8 @@ from protocol.documents import Genesis, Invite
 from protocol.errors import ConfigError, DeviceMemoryError, ManyhandsError, RefusedError
 from protocol.exchange.store import BlobStore
 from protocol.identity import Identity
+from protocol.policy import MOST_MUON_SHARE, choose_optimizer
+from protocol.run_spec import AUTO
 from protocol.wire import coordinator_pb2 as pb
 from worker.daemon import MAX_CONFIG_BYTES
 from worker.device import describe_device
@@ -120,7 +122,7 @@ def check_model(seen: Visit, device: torch.device) -> tuple[list[Finding], float
     training_bytes = max(0, _used_bytes(device) - before_bytes)
     findings = [
         _speed(trainer, speed.steps_per_s),
-        _optimizer(trainer.spec.train.optimizer, speed.optimizer_share),
+        _optimizer(trainer, speed.optimizer_share),
         _batch(trainer),
         _memory(model, genesis, training_bytes, device),
     ]
@@ -139,9 +141,13 @@ def _speed(trainer: Trainer, steps_per_s: float) -> Finding:
     return Finding(topic="speed", level=Level.OK, text=text, figures=figures)
 
 
-def _optimizer(name: str, share: float) -> Finding:
+def _optimizer(trainer: Trainer, share: float) -> Finding:
     """What the inner optimizer costs. Muon's part does not grow with the batch, and AdamW learns far less a step."""
+    name = trainer.optimizer_name
     text = f"{share:.0%} of an inner step is {name}'s update"
+    if trainer.spec.train.optimizer == AUTO:
+        chosen, _ = choose_optimizer([share])
+        text += f"; among machines like this `auto` takes {chosen} (muon up to {MOST_MUON_SHARE:.0%})"
     figures: dict[str, float | int | str] = {"optimizer": name, "optimizer_share": round(share, 3)}
     if share > DEAR_OPTIMIZER_SHARE:
         advice = "for the run's operator: a larger train.batch_sequences spreads it over more tokens"

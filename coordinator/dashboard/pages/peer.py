@@ -40,6 +40,7 @@ FACTS = {
     "reached": "Others reach it",
     "links": "Links",
     "speed": "Tokens/s",
+    "optimizer": "Optimizer's part of a step",
     "behind": "Rounds behind",
     "tokens": "Credited tokens",
     "results": "Accepted, late, refused",
@@ -131,6 +132,7 @@ def describe_now(peer: dict[str, object], step_tokens: int, now_unix_s: float) -
         "reached": describe_reach(peer),
         "links": describe_links(peer),
         "speed": f"{speed * step_tokens:,.0f}" if isinstance(speed, float) and speed else UNKNOWN,
+        "optimizer": f"{peer['optimizer_share']:.0%}" if peer["optimizer_share"] else UNKNOWN,
         "behind": UNKNOWN if lag is None else f"{lag:,}",
         "tokens": f"{peer['credited_tokens']:,}",
     }
