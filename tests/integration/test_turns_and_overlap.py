@@ -1,6 +1,7 @@
 """Whole runs whose workers take turns, and train on while a round is exchanged and merged."""
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,15 @@ def play(tmp_path: Path, exchange: dict[str, Any], **sections: Any) -> list[Mani
 
 
 def test_shards_trained_ahead_are_merged_when_overlap_is_on(tmp_path: Path) -> None:
-    manifests = play(tmp_path, {"overlap": True, "codec": "auto"}, round={"inner_steps": 5, "min_peers": 2})
+    manifests = play(
+        tmp_path,
+        {"overlap": True, "codec": "auto"},
+        round={"inner_steps": 5, "min_peers": 2},
+        train=SHORT["train"] | {"optimizer": "auto", "learning_rate": "auto"},
+    )
     assert max(entry.tokens for manifest in manifests[1:] for entry in manifest.contributions) > 5 * STEP_TOKENS
     assert any("Mbit/s" in manifest.plan for manifest in manifests), "no link was ever measured"
+    assert all(re.search(r"(muon|adamw) \(.*% of a step\), rate", manifest.plan) for manifest in manifests)
 
 
 def test_workers_contribute_by_turns_when_there_is_one_place(tmp_path: Path) -> None:
