@@ -225,8 +225,6 @@ def _choose_folder(run: Path, folder: Path | None) -> Path:
     from protocol.run_spec import load_run_spec
 
     if run.is_dir():
-        if not (run / "run.toml").is_file():
-            raise ConfigError(f"{run} is not a run folder: it has no run.toml")
         return run
     return folder or RUNS / "-".join(load_run_spec(run).name.split())
 

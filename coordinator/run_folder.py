@@ -64,10 +64,10 @@ class RunFolder:
     def store(self) -> BlobStore:
         return BlobStore(self.path / "blobs")
 
-    def exists(self) -> bool:
-        return self.spec_path.is_file()
-
     def spec(self) -> RunSpec:
+        """Raises ConfigError where there is no run, or its run.toml is not usable."""
+        if not self.spec_path.is_file():
+            raise ConfigError(f"{self.path} is not a run folder: it has no run.toml")
         return load_run_spec(self.spec_path)
 
     def identity(self) -> Identity:

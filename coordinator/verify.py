@@ -12,7 +12,7 @@ from coordinator.run_folder import RunFolder
 from coordinator.storage.database import Database
 from protocol.codecs import get_codec
 from protocol.documents import Manifest
-from protocol.errors import ConfigError, MissingBlobError, VerificationError
+from protocol.errors import MissingBlobError, VerificationError
 from protocol.ledger import Audit, audit, replay
 from protocol.replica import State, merge_group
 from protocol.run_spec import BUTTERFLY
@@ -22,8 +22,6 @@ from protocol.signing import sha256_hex
 def verify_run(folder: Path, *, as_json: bool) -> None:
     """Check the ledger and replay θ; print what was found. Raises VerificationError naming the entry or round."""
     home = RunFolder(folder)
-    if not home.exists():
-        raise ConfigError(f"{folder} is not a run folder: it has no run.toml")
     database = home.open_database(home.spec())
     found = Audit()
     last = database.last_ledger_entry()
