@@ -26,7 +26,10 @@ class Contributor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointCard:
-    """What there is to say about a checkpoint. digest: of the run's state; losses in nats a token."""
+    """What there is to say about a checkpoint.
+
+    digest: of the run's state; losses in nats a token; plan: what `auto` came to in the last round, and why.
+    """
 
     run_id: str
     name: str
@@ -37,6 +40,7 @@ class CheckpointCard:
     contributors: tuple[Contributor, ...] = ()
     held_out_loss: float | None = None
     held_out_tokens: int | None = None
+    plan: str = ""
 
 
 def render_card(spec: RunSpec, num_parameters: int, card: CheckpointCard) -> str:
@@ -73,6 +77,8 @@ def _summary(spec: RunSpec, num_parameters: int, card: CheckpointCard) -> Iterat
     yield f"| inner optimizer | {train.optimizer}, learning rate {train.learning_rate} |"
     yield f"| outer optimizer | {spec.outer.optimizer}, learning rate {spec.outer.learning_rate:g} |"
     yield f"| exchanged as | {_escape(spec.exchange.codec)} |"
+    if card.plan:
+        yield f"| plan of the last round | {_escape(card.plan)} |"
     yield f"| run | `{card.run_id}` |"
     yield f"| state after the round | `{card.digest}` |"
     yield f"| ledger entry | `{card.ledger_head}` |"

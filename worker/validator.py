@@ -53,6 +53,7 @@ class Validator:
         self._newest = asyncio.Event()
         self._tokens = 0
         self._ledger_head = "0" * 64
+        self._plan = ""
 
     async def run(self) -> None:
         """Follow the run until `stopping` is set. Raises ManyhandsError when the coordinator is gone."""
@@ -101,6 +102,7 @@ class Validator:
         """Add a round to the totals; what was counted already is not counted again."""
         if manifest.tokens_after > self._tokens:
             self._tokens = manifest.tokens_after
+            self._plan = manifest.plan
             self._ledger_head = sha256_hex(canonical_json(manifest.model_dump(mode="json")))
             self._tokens_of.update({entry.peer: entry.tokens for entry in manifest.contributions})
             self._names.update({entry.peer: entry.name for entry in manifest.contributions})
@@ -138,6 +140,7 @@ class Validator:
                 ),
                 held_out_loss=loss,
                 held_out_tokens=rows.shape[0] * (rows.shape[1] - 1),
+                plan=self._plan,
             )
             await self._checkpoint(state, card, config, link)
             every = spec.checkpoint.every_rounds

@@ -75,6 +75,7 @@ def make_card(round_number: int = 12, name: str = "Ada") -> CheckpointCard:
         tokens=123_456,
         contributors=(Contributor(name=name, peer=PEER, tokens=123_456),),
         held_out_loss=math.log(8.0),
+        plan="sign, 5 inner steps; adamw (muon: 77% of a step), rate 0.002, 2 workers",
     )
 
 
@@ -160,6 +161,9 @@ def test_card_is_text_when_a_contributor_writes_markup(tmp_path: Path) -> None:
     assert "library_name: transformers" in front_matter
     assert "perplexity 8)" in text
     assert "123,456" in text
+    assert (
+        "| plan of the last round | sign, 5 inner steps; adamw" in text
+    )
     assert "<b>" not in text
     assert "](http" not in text
     assert read_card(tmp_path / "checkpoint") == card
