@@ -29,6 +29,7 @@ from benchmarks.figures import Figure, write_figures
 from benchmarks.training import DEVICE, Dataset, Link, Outcome, load_dataset, train_single, train_together
 from protocol.run_spec import AUTO, RunSpec
 from worker.device import set_threads
+from worker.preparation import measure_speed
 from worker.trainer import Trainer
 
 NUM_WORKERS = 4
@@ -195,7 +196,7 @@ def measure_step_ms(base: RunSpec, vocabulary_size: int) -> dict[str, Figure]:
     """Milliseconds of one inner step by each optimizer: the median of three seconds."""
     names = ("adamw", "muon")
     speeds = {
-        name: Trainer(change(base, train={"optimizer": name}), vocabulary_size, DEVICE).benchmark(BENCHMARK_S)
+        name: measure_speed(Trainer(change(base, train={"optimizer": name}), vocabulary_size, DEVICE), BENCHMARK_S)
         for name in names
     }
     return {f"{name}_ms_per_step": 1e3 / speeds[name].steps_per_s for name in names}

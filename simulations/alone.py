@@ -16,6 +16,7 @@ from protocol.run_spec import AUTO, RunSpec
 from protocol.shard_format import decode_shard
 from protocol.tokenizer import load_tokenizer
 from worker.device import choose_device, set_threads
+from worker.preparation import measure_speed
 from worker.trainer import StepReport, Trainer
 
 EVALUATION_BATCH = 32
@@ -34,7 +35,7 @@ def measure_steps_per_s(spec: RunSpec) -> float:
     """Inner steps a second of one worker with one thread."""
     set_threads(1)
     trainer = Trainer(spec, load_tokenizer(spec.data.tokenizer).vocabulary_size, choose_device("cpu"))
-    return trainer.benchmark(BENCHMARK_S).steps_per_s
+    return measure_speed(trainer, BENCHMARK_S).steps_per_s
 
 
 def train_alone(folder: RunFolder, num_steps: int, console: Console) -> AloneResult:

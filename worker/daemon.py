@@ -36,11 +36,11 @@ from worker.home import RunHome
 from worker.kept_state import KeptState
 from worker.lease_work import LeaseWork
 from worker.link import CoordinatorLink, Introduction
-from worker.preparation import prepare_trainer
+from worker.preparation import Speed, prepare_trainer
 from worker.saved_lease import SavedLease
 from worker.saved_work import SavedWork
 from worker.status import WorkerStatus
-from worker.trainer import Speed, StepReport
+from worker.trainer import StepReport
 
 log = structlog.get_logger()
 MAX_CONFIG_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-"""Trainer: the inner steps of a lease, evaluation, and how fast this machine is.
+"""Trainer: the inner steps of a lease, and evaluation.
 
 Invariants: the model is scratch, the state that peers agree on is θ, handed in with every lease; the inner optimizer's
 state stays from lease to lease. Given the same θ, optimizer state, shards and number of threads on the same machine, a
@@ -16,7 +16,6 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -27,16 +26,14 @@ from torch import Tensor
 from protocol import parameters
 from protocol.errors import DeviceMemoryError, DivergedError, VerificationError
 from protocol.run_spec import RunSpec
-from worker.compiling import Loss, choose_loss, describe_failure
-from worker.device import autocast, is_out_of_memory, measure_autocast, seeded, synchronize
-from worker.governor.preferences import CompileMode
+from worker.compiling import Loss, describe_failure
+from worker.device import autocast, is_out_of_memory, seeded, synchronize
 from worker.optimizers import InnerOptimizer, build_optimizer, learning_rate_at
 from worker.tasks import TASKS, Task
 
 log = structlog.get_logger()
 _MAX_BAD_STEPS = 3  # in a row
 _DIVERGED = "the lease gave no finite result; lower train.learning_rate"
-_STEPS_IF_AUTO = 100  # of a lease whose length follows the links, about
 _SLEEP_S = 0.1  # a throttled worker looks this often whether it should stop
 
 
@@ -73,11 +70,15 @@ class LeaseResult(TrainResult):
     pseudo_gradient: NDArray[np.float32]  # (D,)
 
 
-class Speed(NamedTuple):
-    """Inner steps a second, and the share of a step's time that the optimizer's update takes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One inner step, alone. skipped: without a finite loss and gradient the parameters stay as they were."""
 
-    steps_per_s: float
-    optimizer_share: float
+    loss: float
+    gradient_norm: float
+    skipped: bool
+    compute_s: float
+    update_s: float  # of it, the optimizer's update
 
 
 class Trainer:
@@ -123,18 +124,6 @@ class Trainer:
     def num_parameters(self) -> int:
         """D."""
         return parameters.count_parameters(self.model)
-
-    def tune(self, compile_mode: CompileMode = "off") -> None:
-        """Turn bfloat16 autocast on if it is faster here, off if not, and compile the model by the mode."""
-        self.model.train()
-        batch = self._random_rows(self.micro_batch)
-        self.autocast_dtype = measure_autocast(self.task.loss, self.model, batch, self.device)
-        steps = self.spec.round.inner_steps
-        passes = math.ceil(self.spec.train.batch_sequences / self.micro_batch)
-        passes *= steps if isinstance(steps, int) else _STEPS_IF_AUTO
-        self.compiled_loss = choose_loss(
-            compile_mode, self.task.loss, self.model, batch, self.device, self.autocast_dtype, passes
-        )
 
     def run_lease(
         self,
@@ -230,25 +219,6 @@ class Trainer:
             self.model.train(was_training)
         return total / len(rows)
 
-    def benchmark(self, seconds: float) -> Speed:
-        """On random tokens: the median step of about so many seconds, after a warm-up step.
-
-        Parameters and optimizer state are left as they were: the steps are made by a passing optimizer of the same
-        kind at learning rate 0. Raises DeviceMemoryError.
-        """
-        scratch = build_optimizer(self.model, self.spec.train, self.optimizer_name)
-        rows = self._random_rows(self.spec.train.batch_sequences)
-        self.model.train()
-        steps: list[_Step] = []
-        with seeded(self.device, 0):
-            self._make_step(rows, scratch, 0.0)
-            deadline_s = time.perf_counter() + seconds
-            while len(steps) < 2 or time.perf_counter() < deadline_s:
-                steps.append(self._make_step(rows, scratch, 0.0))
-        scratch.zero_grad()
-        step_s = statistics.median(step.compute_s for step in steps)
-        return Speed(1.0 / step_s, statistics.median(step.update_s / step.compute_s for step in steps))
-
     def _train(
         self,
         progress: "_Progress",
@@ -262,7 +232,7 @@ class Trainer:
             if should_stop():
                 break
             rate = learning_rate(progress.steps)
-            step = self._make_step(batch, self.optimizer, rate)
+            step = self.make_step(batch, self.optimizer, rate)
             progress.add(step)
             on_step(
                 StepReport(
@@ -277,8 +247,8 @@ class Trainer:
             )
             _sleep(step.compute_s * sleep_per_compute, should_stop)
 
-    def _make_step(self, rows: Tensor, optimizer: InnerOptimizer, learning_rate: float) -> "_Step":
-        """One inner step on rows (B, T + 1); without a finite loss and gradient the parameters stay as they are."""
+    def make_step(self, rows: Tensor, optimizer: InnerOptimizer, learning_rate: float) -> Step:
+        """One inner step on rows (B, T + 1). Raises DeviceMemoryError."""
         started_s = time.perf_counter()
         loss, norm = self._compute_gradient(rows, optimizer)
         updating_s = time.perf_counter()
@@ -292,7 +262,7 @@ class Trainer:
                 raise
         synchronize(self.device)
         now_s = time.perf_counter()
-        return _Step(
+        return Step(
             loss=loss,
             gradient_norm=norm,
             skipped=skipped,
@@ -357,20 +327,6 @@ class Trainer:
     def _to_device(self, rows: NDArray[np.int64]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
-    def _random_rows(self, num_rows: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        shape = (num_rows, self.spec.data.sequence_length + 1)
-        return torch.randint(self.vocabulary_size, shape, generator=generator).to(self.device)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Step:
-    loss: float
-    gradient_norm: float
-    skipped: bool
-    compute_s: float
-    update_s: float  # of it, the optimizer's update
-
 
 @dataclass(slots=True)
 class _Progress:
@@ -381,7 +337,7 @@ class _Progress:
     losses: list[float] = field(default_factory=list)  # of the steps that were not skipped
     bad_steps: int = 0  # in a row
 
-    def add(self, step: _Step) -> None:
+    def add(self, step: Step) -> None:
         self.steps += 1
         self.compute_s += step.compute_s
         if not step.skipped:

@@ -161,9 +161,7 @@ def test_card_is_text_when_a_contributor_writes_markup(tmp_path: Path) -> None:
     assert "library_name: transformers" in front_matter
     assert "perplexity 8)" in text
     assert "123,456" in text
-    assert (
-        "| plan of the last round | sign, 5 inner steps; adamw" in text
-    )
+    assert "| plan of the last round | sign, 5 inner steps; adamw" in text
     assert "<b>" not in text
     assert "](http" not in text
     assert read_card(tmp_path / "checkpoint") == card

@@ -15,6 +15,7 @@ from protocol import parameters
 from protocol.errors import ConfigError, DeviceMemoryError, DivergedError, VerificationError
 from protocol.run_spec import RunSpec
 from worker.optimizers import OPTIMIZERS, InnerOptimizer, learning_rate_at
+from worker.preparation import measure_speed
 from worker.tasks.causal_lm import CausalLM
 from worker.trainer import LeaseResult, StepReport, Trainer
 
@@ -231,7 +232,7 @@ def test_benchmark_leaves_parameters_and_optimizer_as_they_were(tmp_path: Path) 
     run(trainer, parameters.flatten(trainer.model), make_shards(spec, 1))
     before = parameters.flatten(trainer.model).tobytes()
     trainer.optimizer.save(tmp_path / "before")
-    speed = trainer.benchmark(0.0)
+    speed = measure_speed(trainer, 0.0)
     assert speed.steps_per_s > 0.0
     assert 0.0 < speed.optimizer_share < 1.0
     trainer.optimizer.save(tmp_path / "after")

@@ -32,6 +32,7 @@ from worker.doctor.findings import Finding, Level
 from worker.doctor.machine import WORKER_BYTES, available_bytes
 from worker.home import RunHome
 from worker.link import CoordinatorLink, Introduction
+from worker.preparation import measure_speed, tune
 from worker.trainer import Trainer
 
 TRANSFER_S = 3.0
@@ -111,8 +112,8 @@ def check_model(seen: Visit, device: torch.device) -> tuple[list[Finding], float
     before_bytes = _used_bytes(device)
     try:
         trainer = Trainer(genesis.spec, genesis.vocabulary_size, device, model_config=seen.model_config)
-        trainer.tune()
-        speed = trainer.benchmark(BENCHMARK_S)
+        tune(trainer)
+        speed = measure_speed(trainer, BENCHMARK_S)
     except DeviceMemoryError as error:
         advice = "`--device cpu`, or a device with more memory"
         return [Finding(topic="model", level=Level.PROBLEM, text=f"{model}: {error}", advice=advice)], 0.0
