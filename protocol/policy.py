@@ -126,7 +126,6 @@ def plan_exchange(
     if round_s is not None:
         plan = _plan_for_time(choices, num_parameters, contributors, links, share, round_s, held_steps)
         return replace(plan, round_s=round_s, reason=f"rounds of {round_s:g} s, as the operator wants: {plan.reason}")
-    steps = _list_steps() if inner_steps is None else ((inner_steps, 0.0),)
     if codec != AUTO and inner_steps is not None:
         return ExchangePlan(codec=codec, options=choices[0].options, inner_steps=inner_steps, reason="as run.toml says")
     if links.upload_bps is None:
@@ -139,12 +138,7 @@ def plan_exchange(
         )
     if progress < EARLY_PART:
         share = min(1.0, EARLY_SHARES * share)
-    candidates = [
-        (choice, h, penalty)
-        for choice in choices
-        for h, penalty in steps
-        if len(choices) == 1 or choice.density * run_steps / h >= SPARSE_PASSES
-    ]
+    candidates = _list_candidates(choices, inner_steps, run_steps)
     plan = _choose(candidates, num_parameters, contributors, links, share)
     if inner_steps is not None:
         return plan
@@ -155,6 +149,19 @@ def plan_exchange(
         plan = _choose_shortest(candidates, most_steps, longest, num_parameters, contributors, links, limit)
         plan = replace(plan, reason=f"a short run: exchange may take {limit:.0%}: {plan.reason}")
     return _leave_beside(plan, choices, num_parameters, contributors, links) if overlap else plan
+
+
+def _list_candidates(
+    choices: Sequence[Choice], inner_steps: int | None, run_steps: float
+) -> list[tuple[Choice, int, float]]:
+    """Codecs with inner steps, and what these cost in loss; of several codecs those alone that learn in such a run."""
+    steps = _list_steps() if inner_steps is None else ((inner_steps, 0.0),)
+    return [
+        (choice, h, penalty)
+        for choice in choices
+        for h, penalty in steps
+        if len(choices) == 1 or choice.density * run_steps / h >= SPARSE_PASSES
+    ]
 
 
 def _leave_beside(

@@ -250,18 +250,8 @@ class Contributor:
         if lease.optimizer is not None:
             self._trainer.use_optimizer(lease.optimizer)
         self._turn_momentum(state)
+        lead_shards = self._stand(state, held)
         received_unix_s = held.facts.received_unix_s if held else time.time()
-        lead_shards, self._lead_shards = self._lead_shards, ()
-        if held is not None:
-            lead_shards = held.facts.lead_shards
-            parameters.assign(self._trainer.model, state.theta - held.displacement)
-        elif self._is_ahead and self._start is not None:
-            self._feedback.start(state.theta, out=self._displacement)
-            self._displacement -= self._start
-            parameters.shift(self._trainer.model, self._displacement)
-        else:
-            parameters.assign(self._trainer.model, self._feedback.start(state.theta, out=self._displacement))
-        self._is_ahead, self._start = False, None
 
         def note_step(step: StepReport) -> None:
             if self._saved_lease.is_due(step.inner_step, step.num_inner_steps):
@@ -291,6 +281,21 @@ class Contributor:
             compute_s=result.compute_s,
             weights=weights,
         )
+
+    def _stand(self, state: State, held: HeldLease | None) -> tuple[ShardRef, ...]:
+        """Put the model where the lease begins; returns the shards that were trained before it came."""
+        lead_shards, self._lead_shards = self._lead_shards, ()
+        if held is not None:
+            lead_shards = held.facts.lead_shards
+            parameters.assign(self._trainer.model, state.theta - held.displacement)
+        elif self._is_ahead and self._start is not None:
+            self._feedback.start(state.theta, out=self._displacement)
+            self._displacement -= self._start
+            parameters.shift(self._trainer.model, self._displacement)
+        else:
+            parameters.assign(self._trainer.model, self._feedback.start(state.theta, out=self._displacement))
+        self._is_ahead, self._start = False, None
+        return lead_shards
 
     def _turn_momentum(self, state: State) -> None:
         """Turn the inner optimizer's momentum towards the merge that made `state` of what was trained from last."""
