@@ -1,5 +1,5 @@
 """Hypothesis profiles. `repeatable` (the default, and CI's) tries the same examples every time; `search` looks for new
-ones: `pytest --hypothesis-profile search tests/property`.
+ones: `pytest --hypothesis-profile search --timeout 0 tests/property`.
 
 `make test` runs two tests at a time (pytest-xdist): those that start a run's processes one after the other, since each
 of them keeps two cores busy, and beside them the others, file by file.
