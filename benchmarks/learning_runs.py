@@ -114,7 +114,7 @@ def join_texts(problems: Sequence[Problem]) -> Problem:
 
 def with_spec(problem: Problem, spec: RunSpec) -> Problem:
     """The same data under another spec of the same batches."""
-    return replace(problem, spec=spec, optimizer=spec.train.optimizer)
+    return replace(problem, spec=spec, optimizer=spec.train.first_optimizer)
 
 
 def train_single(problem: Problem, num_workers: int, steps_per_s: float, upload_bps: float) -> Outcome:
@@ -216,7 +216,7 @@ def _widen(problem: Problem, num_workers: int) -> Problem:
     shards = rows[order[: len(rows) // batch * batch]].reshape(-1, batch, rows.shape[1])
     data = TrainingData(vocabulary_size=problem.data.vocabulary_size, shards=shards, held_out=problem.data.held_out)
     wide = change(spec, train={"batch_sequences": batch}, data={"shard_steps": 1})
-    return replace(problem, spec=wide, data=data, optimizer=spec.train.optimizer)
+    return replace(problem, spec=wide, data=data, optimizer=spec.train.first_optimizer)
 
 
 def _describe(spec: RunSpec, fleet: Fleet, num_parameters: int) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class SequentialBackend:
         model, name = self._trainer.model, self._problem.optimizer
         if name == "sgd":
             return InnerOptimizer([torch.optim.SGD(model.parameters())], model)
-        return build_optimizer(model, self._problem.spec.train.model_copy(update={"optimizer": name}))
+        return build_optimizer(model, self._problem.spec.train, name)
 
     def _path(self, peer: str) -> Path:
         return Path(self._folder.name) / f"{sha256_hex(peer.encode())}.safetensors"
