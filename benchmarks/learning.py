@@ -152,7 +152,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, help="one size only")
     parser.add_argument("--steps", type=int, metavar="S", help="inner steps of one worker")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (one a core)")
-    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="keep every run there, and do none of them twice")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        metavar="FOLDER",
+        help="keep every run there, and do none twice; for one version of the code",
+    )
     parser.add_argument("--seeds", type=int, metavar="N", help="how many seeds (3)")
     return parser.parse_args()
 

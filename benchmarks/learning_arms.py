@@ -195,7 +195,10 @@ Runner = Callable[[Sequence[Trial]], Iterable[Outcome]]  # outcomes in the trial
 
 
 def run_trial(trial: Trial, folder: Path | None = None) -> Outcome:
-    """In this process. folder: outcomes are kept there, and what is there already is not trained again."""
+    """In this process. folder: outcomes are kept there, and what is there already is not trained again.
+
+    They do not tell which code made them: whoever changes what is trained takes another folder.
+    """
     if folder is None:
         return _train(trial)
     content = TypeAdapter(Trial).dump_json(replace(trial, arm=replace(trial.arm, title="")))

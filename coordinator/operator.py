@@ -28,7 +28,7 @@ async def operate(folder: RunFolder, verb: Verb, **options: Any) -> dict[str, An
     """
     running = folder.read_running()
     if running is None:
-        folder.spec()
+        folder.spec()  # says so where there is no run at all
         raise ConnectionFailedError(
             f"no coordinator runs on {folder.path}; `manyhands coordinator start {folder.path}`"
         )

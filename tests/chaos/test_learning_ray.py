@@ -11,7 +11,7 @@ from simulations.learning.batched import BatchedBackend
 from simulations.learning.ray_backend import RayBackend
 from tests.unit.test_learning_backends import CPU, digits_problem, ragged_jobs
 
-ray = pytest.importorskip("ray")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'manyhands[ray]'")
 # the warnings are Ray's own, which leaves its processes to themselves
 pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore")]
 
