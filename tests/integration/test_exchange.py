@@ -123,8 +123,8 @@ async def test_other_peer_goes_on_when_one_stalls(start_peer: StartPeer) -> None
     blob_hash = stalling.store.put(DATA)
     fast.store.put(DATA)
     sources = [third.source(stalling), third.source(fast)]
-    async with asyncio.timeout(3):
-        await fetch_blob(third.store, blob_hash, len(DATA), sources, patience=Patience(stall_timeout_s=0.3))
+    async with asyncio.timeout(30):  # not 100 s
+        await fetch_blob(third.store, blob_hash, len(DATA), sources, patience=Patience(stall_timeout_s=2.0))
     assert third.store.read(blob_hash) == DATA
     assert fast.node.bytes_sent == len(DATA) - 4096
 
@@ -175,7 +175,7 @@ async def test_death_is_noticed_when_the_daemon_is_killed(start_peer: StartPeer)
     first, second = await start_peer("first"), await start_peer("second")
     assert second.node.alive
     daemon_of(second.node).kill()
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(30):
         await second.node.died.wait()
     assert not second.node.alive
     with pytest.raises(UnavailableError, match="this machine's libp2p daemon is gone"):

@@ -18,7 +18,7 @@ from protocol.signing import sha256_hex
 
 DATA = bytes(range(256)) * 40
 HASH = sha256_hex(DATA)
-HURRIED = Patience(stall_timeout_s=0.05, min_bytes_per_s=1000.0)
+HURRIED = Patience(stall_timeout_s=0.5, min_bytes_per_s=1000.0)
 
 
 @dataclass
@@ -105,15 +105,15 @@ async def test_next_source_goes_on_when_one_ends_early_without_an_error(store: B
 async def test_source_is_replaced_when_it_stalls(store: BlobStore) -> None:
     failures, second = Failures(), MemorySource("second")
     sources = [stalling("first", 2000), second]
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(15):
         await fetch_blob(store, HASH, len(DATA), sources, patience=HURRIED, on_failure=failures)
     assert second.asked_at == [2000]
-    assert failures.told == [("first", f"stalled at byte 2000 of {len(DATA)} for 0.05 s")]
+    assert failures.told == [("first", f"stalled at byte 2000 of {len(DATA)} for 0.5 s")]
 
 
 async def test_source_is_replaced_when_it_trickles(store: BlobStore) -> None:
     trickle = MemorySource("first", chunk_bytes=1, pause_s=0.01)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(15):
         await fetch_blob(store, HASH, len(DATA), [trickle, MemorySource("second")], patience=HURRIED)
     assert store.has(HASH)
 

@@ -121,7 +121,7 @@ async def test_serving_ends_when_the_peer_goes_while_its_upload_waits(store: Blo
     writer.write(request(store.put(DATA)))
     await reader.readexactly(9 + 4 + 4096)
     writer.close()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(15):
         await serving
 
 
@@ -182,7 +182,7 @@ async def test_peer_is_dropped_when_it_does_not_read(store: BlobStore, monkeypat
     monkeypatch.setattr(pieces, "DRAIN_TIMEOUT_S", 0.05)
     (_, writer), theirs = await open_pair()
     writer.write(request(store.put(DATA * 4)))
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(15):
         await make_exchange(store).handle("asker", *theirs)
     writer.close()
 
@@ -202,7 +202,7 @@ async def test_pieces_are_spaced_when_upload_is_limited(store: BlobStore) -> Non
     blob_hash = store.put(DATA[: 2 * 16_384])
     started_s = asyncio.get_running_loop().time()
     await ask(exchange, request(blob_hash))
-    assert 0.24 < asyncio.get_running_loop().time() - started_s < 1.0
+    assert 0.24 < asyncio.get_running_loop().time() - started_s < 5.0
 
 
 @dataclass

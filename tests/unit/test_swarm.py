@@ -208,7 +208,7 @@ async def test_next_source_is_asked_when_one_says_not_yet_for_too_long(
     started_s = asyncio.get_running_loop().time()
     sources = [breaking_at("late", 0, NotYetError("late", "has it not", coming=coming)), steady("second")]
     assert await fetch(store, *sources, parallel=1) == [("late", "has it not")]
-    assert least_s <= asyncio.get_running_loop().time() - started_s < least_s + 1.0
+    assert least_s <= asyncio.get_running_loop().time() - started_s < least_s + 5.0
 
 
 async def test_error_names_everybody_when_no_source_is_left(store: BlobStore) -> None:
@@ -306,7 +306,7 @@ SOURCES = st.builds(
 def test_blob_is_right_when_one_source_is_honest_among_any(
     sources: list[MemorySource], place: int, parallel: int
 ) -> None:
-    quick = Patience(stall_timeout_s=0.15, min_bytes_per_s=1000.0)
+    quick = Patience(stall_timeout_s=0.3, min_bytes_per_s=1000.0)
     with tempfile.TemporaryDirectory() as folder:
         everybody = [*sources[:place], MemorySource("honest"), *sources[place:]]
         told = asyncio.run(fetch(BlobStore(Path(folder)), *everybody, parallel=parallel, patience=quick))
