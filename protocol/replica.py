@@ -97,9 +97,9 @@ def apply_manifest(state: State, manifest: Manifest, read_payload: Callable[[str
     """The state after the round that `manifest` commits. The manifest's signature must have been checked.
 
     `read_payload(hash)` returns a payload's bytes; it is called once a contribution, in the manifest's order, and at
-    most one payload more than fits into the size of θ is held at a time. A manifest without contributions changes
-    nothing but the round. Raises VerificationError when the manifest does not follow from `state` or a payload is not
-    the one that it names.
+    most one payload more than fits into the size of θ, or into a mebibyte, is held at a time. A manifest without
+    contributions changes nothing but the round. Raises VerificationError when the manifest does not follow from `state`
+    or a payload is not the one that it names.
     """
     if manifest.round != state.round:
         raise VerificationError(f"the manifest is of round {manifest.round}; the state stands at round {state.round}")

@@ -5,21 +5,23 @@ counts as zero, so a coordinate that one peer sends alone gets that peer's share
 the CPU: one multiply and one add a contribution, never fused, never reordered.
 
 It goes segment by segment, all payloads abreast, so that the sum stays in cache and never needs a vector of its own.
-Payloads that together are larger than such a vector are added up in one, as they come.
+Payloads that together are larger than such a vector are added up in one, as they come. Of a small vector, many
+payloads are decoded together: there the calls cost more than what they do.
 """
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 
 from protocol.codecs import codec_of
-from protocol.codecs.payload import SEGMENT_VALUES, Piece, Vector
+from protocol.codecs.payload import PIECE_VALUES, SEGMENT_VALUES, Piece, Vector
 from protocol.errors import VerificationError
 
 _VALUE_BYTES = 4
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_TOGETHER_VALUES = 1 << 18  # decoded together
 _PART_VALUES = 1 << 18  # handed out at a time: 1 MiB, so that what is done with a part finds it in a core's own cache
 
 
@@ -44,6 +46,9 @@ def merge_parts(
     The values are the caller's until the next part, and whether they are finite is the caller's to check. All
     contributions are consumed before the first part; whether a payload is good is known only after the last one.
     """
+    if num_parameters <= PIECE_VALUES:
+        yield slice(0, num_parameters), _add_rows(contributions, divisor, num_parameters)
+        return
     abreast: list[tuple[Iterator[Piece], np.float32]] = []
     held_bytes = 0
     total: Vector | None = None
@@ -56,6 +61,18 @@ def merge_parts(
             _add_one_by_one(abreast, total)
             abreast, held_bytes = [], 0
     yield from _add_abreast(abreast, total, num_parameters)
+
+
+def _add_rows(contributions: Iterable[tuple[bytes, float, float]], divisor: float, num_parameters: int) -> Vector:
+    total, rest = np.zeros(num_parameters, np.float32), iter(contributions)
+    while together := list(islice(rest, max(1, _TOGETHER_VALUES // max(1, num_parameters)))):
+        for codec, alike in groupby(together, lambda contribution: codec_of(contribution[0])):
+            payloads, weights, clips = zip(*alike, strict=True)
+            coefficients = [_coefficient(*pair, divisor) for pair in zip(weights, clips, strict=True)]
+            rows = codec.decode_rows(payloads, num_parameters)
+            for row in rows * np.array(coefficients, np.float32)[:, None]:
+                total += row
+    return total
 
 
 def _add_one_by_one(contributions: Iterable[tuple[Iterator[Piece], np.float32]], total: Vector) -> None:

@@ -15,7 +15,7 @@ must agree on is elementwise float32, multiply and add apart. It does not sign, 
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import ClassVar, NamedTuple, Protocol
@@ -115,8 +115,16 @@ class Codec(Protocol):
         """Encode float32 (D,), D >= 1. Raises PayloadError for NaN, infinities, and magnitudes above ENCODED_MAX."""
         ...
 
+    def encode_rows(self, rows: Vector) -> list[bytes]:
+        """`encode` of every row of float32 (P, D), C-contiguous. Raises PayloadError as `encode` does."""
+        ...
+
     def decode(self, payload: bytes, num_parameters: int) -> Vector:
         """Decode to float32 (D,). Raises PayloadError unless the payload is well formed and of D parameters."""
+        ...
+
+    def decode_rows(self, payloads: Sequence[bytes], num_parameters: int) -> Vector:
+        """`decode` of every payload: float32 (P, D), to look at. Raises PayloadError as `decode` does."""
         ...
 
     def accumulate(self, payload: bytes, coefficient: float, out: Vector) -> None:
@@ -169,12 +177,20 @@ class PiecewiseCodec(ABC):
         """The options as they stand in the header."""
         return _options_of(self)
 
+    def encode_rows(self, rows: Vector) -> list[bytes]:
+        return [self.encode(row) for row in rows]
+
     def decode(self, payload: bytes, num_parameters: int) -> Vector:
         pieces = self.pieces(payload, num_parameters)
         out = np.zeros(num_parameters, np.float32)
-        for piece in pieces:
-            out[piece.span][piece.where] = piece.values
+        _put(pieces, out)
         return out
+
+    def decode_rows(self, payloads: Sequence[bytes], num_parameters: int) -> Vector:
+        rows = np.zeros((len(payloads), num_parameters), np.float32)
+        for payload, row in zip(payloads, rows, strict=True):
+            _put(self.pieces(payload, num_parameters), row)
+        return rows
 
     def accumulate(self, payload: bytes, coefficient: float, out: Vector) -> None:
         factor = np.float32(coefficient)
@@ -192,6 +208,9 @@ class PiecewiseCodec(ABC):
 
     def pieces(self, payload: bytes, num_parameters: int) -> Iterator[Piece]:
         """The checks that cost nothing, at once; then the pieces, each checked as it is decoded."""
+        return self._decode(memoryview(payload)[HEADER_BYTES:], self._check_header(payload, num_parameters))
+
+    def _check_header(self, payload: bytes, num_parameters: int) -> PayloadHeader:
         header = PayloadHeader.from_bytes(payload)
         if header.codec_id != self.codec_id or header.options != self.options:
             raise PayloadError(f"the payload was not written by the codec {self.name} with the options of this run")
@@ -199,10 +218,15 @@ class PiecewiseCodec(ABC):
             raise PayloadError(f"the payload is for {header.num_parameters} parameters, not for {num_parameters}")
         if len(payload) > self.payload_bytes_max(num_parameters):
             raise PayloadError(f"{len(payload)} bytes are more than {self.name} ever writes for {num_parameters}")
-        return self._decode(memoryview(payload)[HEADER_BYTES:], header)
+        return header
 
     def _header(self, num_parameters: int, exponent: int = 0) -> bytes:
         return _header_bytes(self.codec_id, exponent, num_parameters, self.options)
+
+
+def _put(pieces: Iterable[Piece], out: Vector) -> None:
+    for piece in pieces:
+        out[piece.span][piece.where] = piece.values
 
 
 @lru_cache(maxsize=64)

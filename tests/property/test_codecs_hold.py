@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from protocol.codecs import CODECS, Codec, codec_of, get_codec
 from protocol.codecs.bits import Reader, pack_fields, pack_unary, unary_ends, unpack_fields
 from protocol.codecs.indices import pack_plain, pack_rice, plain_bytes, read_plain, read_rice, rice_bytes_max
-from protocol.codecs.payload import DECODED_MAX, SEGMENT_VALUES, PayloadHeader, Vector
+from protocol.codecs.payload import DECODED_MAX, PIECE_VALUES, SEGMENT_VALUES, PayloadHeader, Vector
 from protocol.codecs.selection import select_largest
 from protocol.errors import PayloadError
 
@@ -59,6 +59,16 @@ def test_accumulating_is_bitwise_multiplying_and_adding(
     expected = out + np.float32(coefficient) * codec.decode(payload, vector.size)
     codec.accumulate(payload, coefficient, out)
     assert out.tobytes() == expected.tobytes()
+
+
+@settings(deadline=None)
+@given(codec=codecs(), size=SIZES, count=st.integers(1, 5), seed=SEEDS)
+def test_rows_are_encoded_and_decoded_as_they_are_one_by_one(codec: Codec, size: int, count: int, seed: int) -> None:
+    rows = np.random.default_rng(seed).standard_normal((count, size)).astype(np.float32)
+    payloads = codec.encode_rows(rows)
+    assert payloads == [codec.encode(row) for row in rows]
+    expected = np.stack([codec.decode(payload, size) for payload in payloads])
+    assert codec.decode_rows(payloads, size).tobytes() == expected.tobytes()
 
 
 @settings(deadline=None, max_examples=50)
@@ -161,11 +171,16 @@ def check_hostile(codec: Codec, payload: bytes, num_parameters: int) -> None:
             codec.decode(payload, num_parameters)
         with pytest.raises(PayloadError):
             codec.accumulate(payload, 1.0, out)
+        if num_parameters <= PIECE_VALUES:  # larger ones are never decoded together
+            with pytest.raises(PayloadError):
+                codec.decode_rows([codec.encode(np.ones_like(out)), payload], num_parameters)
         return
     decoded = codec.decode(payload, num_parameters)
     codec.accumulate(payload, 1.0, out)
     assert np.all(np.abs(decoded) <= DECODED_MAX)
     np.testing.assert_array_equal(out, decoded)
+    if num_parameters <= PIECE_VALUES:
+        np.testing.assert_array_equal(codec.decode_rows([payload], num_parameters)[0], decoded)
     assert np.isfinite(summary.norm)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from protocol.aggregation import RULES, Vote, cap_weights, get_rule
 from protocol.aggregation.merge import merge, merge_parts
 from protocol.codecs import get_codec
-from protocol.codecs.payload import SEGMENT_VALUES, Vector
+from protocol.codecs.payload import PIECE_VALUES, SEGMENT_VALUES, Vector
 from protocol.errors import ConfigError, PayloadError, VerificationError
 from protocol.outer import OUTER_OPTIMIZERS, OuterOptimizer, get_outer
 
@@ -147,6 +147,18 @@ def test_merge_is_that_of_one_payload_after_the_other_when_it_goes_segment_by_se
     parts = [(where, values.copy()) for where, values in merge_parts(contributions, 7.0, size)]
     assert [0, *(where.stop for where, _ in parts)] == [*(where.start for where, _ in parts), size]
     assert np.concatenate([values for _, values in parts]).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("size", [1, 5000, PIECE_VALUES])
+def test_merge_is_that_of_one_payload_after_the_other_when_vectors_are_small(size: int) -> None:
+    rng = np.random.default_rng(0)
+    contributions, expected = [], np.zeros(size, np.float32)
+    for place in range(70):
+        codec = get_codec(["float32", "float32", "int2", "sparse"][place % 4])
+        payload = codec.encode(rng.standard_normal(size).astype(np.float32))
+        contributions.append((payload, 1.0 + place, 0.9))
+        codec.accumulate(payload, (1.0 + place) * 0.9 / 7.0, expected)
+    assert merge(contributions, 7.0, size).tobytes() == expected.tobytes()
 
 
 def test_merge_needs_no_vector_of_its_own_when_payloads_are_small() -> None:
