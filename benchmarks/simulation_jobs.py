@@ -100,7 +100,7 @@ class _CharTask:
         return _CharTransformer(vocabulary_size)
 
     def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
-        return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten().long())
 
 
 def _spec(*, batch_sequences: int, sequence_length: int, learning_rate: float) -> RunSpec:

@@ -1,4 +1,8 @@
-"""What the core wants done. The shell carries effects out, in order, after the event is in the journal."""
+"""What the core wants done. The shell carries effects out, in order, after the event is in the journal.
+
+Nobody changes an effect. Those that every peer gets in every round are not frozen all the same: making a frozen one
+takes three times as long.
+"""
 
 from dataclasses import dataclass
 
@@ -38,7 +42,7 @@ class DismissPeer:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class GrantLease:
     peer: str
     lease_id: int
@@ -78,7 +82,7 @@ class JudgeContribution:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Credit:
     """One accepted contribution: an entry of the manifest and a receipt."""
 

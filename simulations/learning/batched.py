@@ -18,6 +18,7 @@ Shape letters: P peers, D parameters, S inner steps, B sequences in a step, C co
 
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from protocol.parameters import count_parameters, parameter_layout
 from simulations.learning.backend import Job, Merge, Trained, Vector, learning_rates
 from simulations.learning.inner import StackedOptimizer
 from simulations.learning.problem import Problem
-from simulations.learning.record import Step, record_step
+from simulations.learning.record import Step, draws_numbers, record_step
 from simulations.learning.stores import PeerVectors
 from worker.device import seeded
 
@@ -57,6 +58,7 @@ class BatchedBackend:
         self._vmapped = _batch_step(problem, model)
         self._recorded: dict[int, Step] = {}
         self._can_record = True
+        self._is_random = True  # until a record shows that it is not
         self._gradients = torch.empty(0)
         self._num_parameters = count_parameters(model)
         self._clip = problem.spec.train.gradient_clip
@@ -68,7 +70,7 @@ class BatchedBackend:
         """See Backend."""
         order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].shards))
         ordered = [jobs[place] for place in order]
-        with torch.no_grad(), seeded(self._device, _seed(ordered)):
+        with torch.no_grad(), seeded(self._device, _seed(ordered)) if self._is_random else nullcontext():
             starts_pd = self._to_device(starts if starts.ndim == 1 else starts[order])
             ends_pd, losses_sp = self._make_steps(starts_pd, ordered, merge)
             gradients_pd = torch.sub(starts_pd, ends_pd, out=ends_pd).cpu().numpy()
@@ -125,7 +127,7 @@ class BatchedBackend:
         """Clip and step, in place, where loss and gradient are finite; returns the losses, (P,), NaN elsewhere."""
         norms = torch.linalg.vector_norm(gradients, dim=1)
         losses_p, norms_p = torch.stack((losses, norms)).cpu().numpy()  # waits for a GPU once
-        is_good: NDArray[np.bool_] = np.isfinite(losses_p) & np.isfinite(norms_p)
+        is_good: NDArray[np.bool_] = np.isfinite(losses_p + norms_p)
         if (norms_p > self._clip - _CLIP_EPSILON).any():
             gradients.mul_((self._clip / (norms + _CLIP_EPSILON)).clamp_(max=1.0)[:, None])
         if is_good.all():
@@ -148,6 +150,7 @@ class BatchedBackend:
                 self._can_record = False
             else:  # `forward`: without a module's checks
                 self._recorded[size] = torch.inference_mode()(record.forward)
+                self._is_random = draws_numbers(record)
         gradients, losses = self._recorded.get(size, self._vmapped)(parameters, rows)
         if not isinstance(gradients, Tensor):  # put together in memory that is there: new memory would cost more
             if len(self._gradients) < size:
@@ -156,7 +159,7 @@ class BatchedBackend:
         return gradients[:active], losses[:active]
 
     def _gather_rows(self, jobs: Sequence[Job]) -> Callable[[int], Tensor]:
-        """A step's rows, int64 (P, B, C); some are never used: where a peer makes no step, and what `_pad` adds."""
+        """A step's rows, int32 (P, B, C); some are never used: where a peer makes no step, and what `_pad` adds."""
         spec, shards = self._problem.spec, self._problem.data.shards
         by_step = shards.reshape(len(shards), spec.data.shard_steps, spec.train.batch_sequences, -1)
         places = np.zeros((_padded(len(jobs)), len(jobs[0].shards)), np.int64)
@@ -165,7 +168,7 @@ class BatchedBackend:
 
         def gather(step: int) -> Tensor:
             shard, part = divmod(step, spec.data.shard_steps)
-            return torch.from_numpy(by_step[places[:, shard], part]).to(self._device, torch.int64)
+            return torch.from_numpy(by_step[places[:, shard], part]).to(self._device)
 
         return gather
 
@@ -190,7 +193,7 @@ class BatchedBackend:
 
     def _fit_chunk(self, model: nn.Module, memory_bytes: int) -> int:
         spec = self._problem.spec
-        rows = torch.from_numpy(self._problem.data.shards[0, : spec.train.batch_sequences]).long().to(self._device)
+        rows = torch.from_numpy(self._problem.data.shards[0, : spec.train.batch_sequences]).to(self._device)
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:

@@ -30,10 +30,10 @@ class Digits:
             return nn.Sequential(nn.Linear(NUM_PIXELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, NUM_CLASSES))
 
     def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
-        """Mean cross entropy in nats an example of int64 rows (B, 65)."""
-        logits = model(rows[:, :-1].float() / WHITE)
+        """Mean cross entropy in nats an example of rows (B, 65)."""
+        logits = model(rows[:, :-1] / WHITE)
         # F.cross_entropy looks for labels to leave out as well: a third of all that a step of so small a model does.
-        mean: Tensor = logits.log_softmax(-1).gather(-1, rows[:, -1:]).mean()
+        mean: Tensor = logits.log_softmax(-1).gather(-1, rows[:, -1:].long()).mean()
         return -mean
 
 

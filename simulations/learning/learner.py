@@ -74,6 +74,7 @@ class TensorLearner:
         self._waiting: dict[str, Work] = {}
         self._works: dict[str, Work] = {}
         self._losses: dict[str, float] = {}
+        self._encoded: dict[str, Sent] = {}  # what will be sent in this round, where it could be encoded at once
         self._sent: dict[str, str] = {}  # payload hash of those that no manifest has listed
         self._honest: Sent | None = None  # the first honest contribution of this round
 
@@ -85,6 +86,11 @@ class TensorLearner:
     def contribute(self, peer: str) -> Sent:
         """See Learner. The first peer's contribution has all peers of the round trained."""
         self._train_waiting()
+        encoded = self._encoded.pop(peer, None)
+        if encoded is not None:
+            self._sent[peer] = encoded.payload_hash
+            self._honest = self._honest or encoded
+            return encoded
         grant = self._works[peer].grant
         attack = self._attacks.get(peer)
         if attack == COPIES and self._honest is not None:
@@ -124,13 +130,14 @@ class TensorLearner:
         for credit in closed.credits:
             if self._sent.get(credit.peer) == credit.payload_hash:
                 self._settle(credit)
+        self._encoded.clear()
         self._sent.clear()
         self._payloads.clear()
         self._honest = None
 
     def drop(self, peer: str) -> None:
         """See Learner."""
-        for kept in (self._waiting, self._works, self._losses, self._sent, self._trained_from):
+        for kept in (self._waiting, self._works, self._losses, self._encoded, self._sent, self._trained_from):
             kept.pop(peer, None)
         self._residuals.clear(peer)
         self._leads.clear(peer)
@@ -178,6 +185,8 @@ class TensorLearner:
             residuals += displacements
         self._residuals.write(peers, residuals)
         self._losses.update(zip(peers, trained.mean_losses.tolist(), strict=True))
+        if all(work.grant.codec == _LOSSLESS for work in works) and not attackers:
+            self._encode(peers, residuals)
         ahead = [place for place, work in enumerate(works) if work.num_ahead > 0]
         if ahead:
             self._run_ahead([works[place] for place in ahead], displacements[ahead])
@@ -230,6 +239,20 @@ class TensorLearner:
         ]
         trained = self._backend.train(self.state.theta - np.float32(OWN_SHARE) * displacements, jobs)
         self._leads.write([job.peer for job in jobs], trained.pseudo_gradients)
+
+    def _encode(self, peers: Sequence[str], vectors: Vector) -> None:
+        """Make what the peers will send of vectors (P, D), lossless; together, that is a third of the work."""
+        wide = vectors.astype(np.float64)
+        norms = np.sqrt(np.square(wide, out=wide).sum(axis=1)).tolist()
+        for peer, norm, payload in zip(peers, norms, get_codec(_LOSSLESS).encode_rows(vectors), strict=True):
+            sent = Sent(
+                payload_hash=sha256_hex(payload),
+                payload_bytes=len(payload),
+                norm=norm,
+                mean_loss=self._losses[peer],
+            )
+            self._payloads.add(sent.payload_hash, payload)
+            self._encoded[peer] = sent
 
     # ---- merging
 

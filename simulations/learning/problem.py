@@ -28,7 +28,7 @@ class LearningTask(Protocol):
         """The model, float32 on the CPU; random weights depend on `seed` alone. Raises ConfigError."""
 
     def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
-        """The mean loss of int64 rows (B, C), as a float32 scalar to differentiate."""
+        """The mean loss of int32 or int64 rows (B, C), as a float32 scalar to differentiate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,11 @@ def record_step(step: Step, parameters: Tensor, rows: Tensor) -> GraphModule | N
     return record
 
 
+def draws_numbers(record: GraphModule) -> bool:
+    """Whether the recorded step draws random numbers."""
+    return any(_is_random(node) for node in _operations(record))
+
+
 def _operations(record: GraphModule) -> list[Node]:
     """Those whose target is an OpOverload."""
     return [node for node in record.graph.nodes if isinstance(node.target, OpOverload)]
@@ -108,6 +113,8 @@ def _speed_up(record: GraphModule, parameters: Tensor, rows: Tensor) -> None:
             node.replace_all_uses_with(record.graph.get_attr(f"_constant_{number}"))
     for node, target in trial.direct.items():
         node.op, node.target = "call_method" if isinstance(target, str) else "call_function", target
+        if target == "view":
+            node.args = (node.args[0], *node.args[1])  # type: ignore[misc]  # a list takes it a microsecond longer
 
 
 class _Trial(Interpreter):

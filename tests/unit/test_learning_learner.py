@@ -164,7 +164,7 @@ def test_a_pickled_learner_goes_on_as_the_first(problem: Problem) -> None:
     learner.open_round([make_work(learner, peer) for peer in PEERS])
     learner.contribute(PEERS[0])
     other = pickle.loads(pickle.dumps(learner))  # noqa: S301  # our own bytes
-    assert {learner.contribute(peer) for peer in PEERS} == {other.contribute(peer) for peer in PEERS}
+    assert [learner.contribute(peer) for peer in PEERS] == [other.contribute(peer) for peer in PEERS]
 
 
 def test_what_was_trained_ahead_is_in_the_next_contribution(problem: Problem) -> None:

@@ -27,7 +27,7 @@ class Task(Protocol):
         """What another machine needs to build this model, weights aside: canonical JSON."""
 
     def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
-        """The mean loss of int64 rows (B, T + 1), as a float32 scalar to differentiate."""
+        """The mean loss of int32 or int64 rows (B, T + 1), as a float32 scalar to differentiate."""
 
 
 TASKS: dict[str, Task] = {"causal_lm": CausalLM()}

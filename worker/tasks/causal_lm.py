@@ -78,12 +78,12 @@ class CausalLM:
         return canonical_json({**fields, "model_type": config.model_type})
 
     def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
-        """Mean cross entropy in nats over the B·T predicted tokens of int64 rows (B, T + 1); a float32 scalar.
+        """Mean cross entropy in nats over the B·T predicted tokens of rows (B, T + 1); a float32 scalar.
 
         No attention mask is given, so that attention runs as plain causal attention, its fastest form.
         """
         logits_btv: Tensor = model(input_ids=rows[:, :-1]).logits
-        return F.cross_entropy(logits_btv.float().flatten(0, 1), rows[:, 1:].flatten())
+        return F.cross_entropy(logits_btv.float().flatten(0, 1), rows[:, 1:].flatten().long())
 
 
 @contextlib.contextmanager
