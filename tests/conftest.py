@@ -15,7 +15,8 @@ settings.register_profile("search", deadline=None, print_blob=True, max_examples
 settings.load_profile("repeatable")
 
 WITH_PROCESSES = ("tests/integration/", "tests/browser/")
-LIGHT = tuple(f"tests/integration/test_{name}" for name in ("bad_input", "butterfly", "exchange.py", "service"))
+LIGHT_NAMES = ("bad_input", "butterfly", "exchange.py", "operator_commands", "service", "worker_daemon_commands")
+LIGHT = tuple(f"tests/integration/test_{name}" for name in LIGHT_NAMES)
 
 
 def keeps_cores_busy(nodeid: str) -> bool:

@@ -53,9 +53,9 @@ def shoot(driver: webdriver.Chrome, run: RunningCoordinator, path: str, width: i
     prefer(driver, scheme)
     resize(driver, width, 700)
     driver.get(run.page + path)
-    wait_until(has(".verdict .round", driver), 20)
+    wait_until(has(".verdict .round", driver), 40)
     if path in ("/", "/loss"):
-        wait_until(has(".loss .nicegui-echart svg path", driver), 20)
+        wait_until(has(".loss .nicegui-echart svg path", driver), 40)
     driver.execute_async_script("setTimeout(arguments[0], 1500)")  # until the charts have their size
     height = driver.execute_script("return document.documentElement.scrollHeight")
     clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}

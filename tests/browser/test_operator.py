@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import ElementNotInteractableException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 
 from tests.browser.axe import find_violations
@@ -36,10 +36,9 @@ def operator(guarded: RunningCoordinator) -> Iterator[webdriver.Chrome]:
     with open_browser(1280) as driver:
         driver.get(f"{guarded.page}/sign-in")
         for token, path in (("wrong", "/sign-in?wrong=1"), (read_token(guarded), "/")):
-            wait_until(has("input#token", driver), 20)
-            driver.find_element(By.ID, "token").send_keys(token)
+            type_into(driver, "input#token", token)
             press(driver, "Sign in", ".sign-in-form")
-            wait_until(lambda path=path: driver.current_url == guarded.page + path, 10)
+            wait_until(lambda path=path: driver.current_url == guarded.page + path, 40)
         yield driver
 
 
@@ -51,19 +50,34 @@ def press(driver: webdriver.Chrome, words: str, inside: str = "body") -> None:
     """Click the button with these words as soon as it is there."""
 
     def click() -> bool:
-        with suppress(StaleElementReferenceException):  # the page changes while it is looked at
+        with suppress(
+            StaleElementReferenceException, ElementNotInteractableException
+        ):  # the page changes while it is looked at
             for button in driver.find_elements(By.CSS_SELECTOR, f"{inside} button"):
                 if button.is_displayed() and button.text == words:
                     button.click()
                     return True
         return False
 
-    wait_until(click, 15)
+    wait_until(click, 40)
+
+
+def type_into(driver: webdriver.Chrome, selector: str, words: str) -> None:
+    """Type the words there as soon as that can be done: a dialog opens by degrees."""
+
+    def can_type() -> bool:
+        with suppress(StaleElementReferenceException, ElementNotInteractableException):
+            for element in driver.find_elements(By.CSS_SELECTOR, selector):
+                element.send_keys(words)
+                return True
+        return False
+
+    wait_until(can_type, 30)
 
 
 def open_page(driver: webdriver.Chrome, run: RunningCoordinator, path: str) -> None:
     driver.get(run.page + path)
-    wait_until(has(".verdict .round", driver), 20)
+    wait_until(has(".verdict .round", driver), 40)
 
 
 def find_peer(run: RunningCoordinator, name: str) -> dict[str, object]:
@@ -77,7 +91,7 @@ def test_workers_train_when_the_operator_approves_them(guarded: RunningCoordinat
     assert find_violations(operator) == []
     for left in (1, 0):
         press(operator, "Approve", ".waiting")
-        wait_until(lambda left=left: len(read_all(operator, ".waiting tbody tr")) == left, 15)
+        wait_until(lambda left=left: len(read_all(operator, ".waiting tbody tr")) == left, 40)
     wait_until(lambda: guarded.status()["round"] >= 1, 60)
     assert not any(peer["waiting_for_approval"] for peer in guarded.status()["peers"])
 
@@ -87,22 +101,22 @@ def test_run_pauses_and_goes_on_when_the_operator_says_so(
 ) -> None:
     open_page(operator, guarded, "/coordinator")
     press(operator, "Pause the run")
-    wait_until(has(".dialog", operator), 10)
-    wait_until(lambda: find_violations(operator) == [], 5)  # it fades in: until then its contrast is low
+    wait_until(has(".dialog", operator), 40)
+    wait_until(lambda: find_violations(operator) == [], 40)  # it fades in: until then its contrast is low
     press(operator, "Cancel", ".dialog")
     press(operator, "Pause the run")
     press(operator, "Pause", ".dialog")
-    wait_until(lambda: guarded.status()["phase"] == "paused", 20)
-    wait_until(lambda: read(operator, ".level") == "Stalled", 10)
+    wait_until(lambda: guarded.status()["phase"] == "paused", 40)
+    wait_until(lambda: read(operator, ".level") == "Stalled", 40)
     press(operator, "Resume the run")
-    wait_until(lambda: guarded.status()["phase"] != "paused", 20)
+    wait_until(lambda: guarded.status()["phase"] != "paused", 40)
 
 
 def test_rounds_take_what_the_operator_sets(guarded: RunningCoordinator, operator: webdriver.Chrome) -> None:
     open_page(operator, guarded, "/coordinator")
-    operator.find_element(By.CSS_SELECTOR, ".control input").send_keys("4")
+    type_into(operator, ".control input", "4")
     press(operator, "Set the round time")
-    wait_until(lambda: guarded.status()["round_time_s"] == 4.0, 10)
+    wait_until(lambda: guarded.status()["round_time_s"] == 4.0, 40)
     wait_until(lambda: "4 s" in guarded.status()["plan"], 30)
 
 
@@ -112,15 +126,15 @@ def test_invite_is_shown_once_and_revoked_when_the_operator_wants_it(
     open_page(operator, guarded, "/coordinator")
     before = len(operator.find_elements(By.CSS_SELECTOR, ".invites tbody tr"))
     press(operator, "Issue an invite")
-    wait_until(has(".new-invite", operator), 10)
+    wait_until(has(".new-invite", operator), 40)
     invite = read(operator, ".new-invite")
     assert invite.startswith("mh1.")
     assert invite != guarded.invite
-    wait_until(lambda: len(operator.find_elements(By.CSS_SELECTOR, ".invites tbody tr")) == before + 1, 10)
+    wait_until(lambda: len(operator.find_elements(By.CSS_SELECTOR, ".invites tbody tr")) == before + 1, 40)
     newest = ".invites tbody tr:first-child"
     press(operator, "Revoke", newest)
     press(operator, "Revoke", ".dialog")
-    wait_until(lambda: "revoked" in read(operator, newest), 10)
+    wait_until(lambda: "revoked" in read(operator, newest), 40)
 
 
 def test_banned_worker_is_gone_until_it_is_let_in_again(
@@ -129,15 +143,14 @@ def test_banned_worker_is_gone_until_it_is_let_in_again(
     peer = find_peer(guarded, "bob")["peer"]
     open_page(operator, guarded, f"/peers/{peer}")
     press(operator, "Ban")
-    wait_until(has(".dialog input", operator), 30)
-    operator.find_element(By.CSS_SELECTOR, ".dialog input").send_keys("sends nonsense")
+    type_into(operator, ".dialog input", "sends nonsense")
     press(operator, "Ban", ".dialog")
-    wait_until(lambda: find_peer(guarded, "bob")["banned"] and not find_peer(guarded, "bob")["connected"], 20)
+    wait_until(lambda: find_peer(guarded, "bob")["banned"] and not find_peer(guarded, "bob")["connected"], 40)
     open_page(operator, guarded, "/incidents")
-    wait_until(lambda: "sends nonsense" in read(operator, ".content"), 10)
+    wait_until(lambda: "sends nonsense" in read(operator, ".content"), 40)
     open_page(operator, guarded, f"/peers/{peer}")
     press(operator, "Unban")
-    wait_until(lambda: not find_peer(guarded, "bob")["banned"], 10)
+    wait_until(lambda: not find_peer(guarded, "bob")["banned"], 40)
     assert read_errors(operator) == []
 
 
@@ -159,10 +172,10 @@ def test_open_page_refuses_when_the_operator_has_signed_out_elsewhere(
     operator.switch_to.new_window("tab")
     open_page(operator, guarded, "/")
     press(operator, "Sign out")
-    wait_until(lambda: "Sign in" in read(operator, ".tools"), 10)
+    wait_until(lambda: "Sign in" in read(operator, ".tools"), 40)
     operator.close()
     operator.switch_to.window(first)
     press(operator, "Pause the run")
     press(operator, "Pause", ".dialog")
-    wait_until(lambda: "signed out" in read(operator, "body"), 10)
+    wait_until(lambda: "signed out" in read(operator, "body"), 40)
     assert guarded.status()["phase"] != "paused"

@@ -165,7 +165,7 @@ class Scene:
         asyncio.run(operate(home, "pause"))
         wait_until(lambda: self.coordinator.status()["phase"] == "paused", ROUND_TIMEOUT_S)
         assert [worker.name for worker in self.workers if worker.is_alive()] == list(NAMES)
-        statuses = [wait_until(partial(read_status, worker, self.round), 5) for worker in self.workers]
+        statuses = [wait_until(partial(read_status, worker, self.round), 15) for worker in self.workers]
         command = [sys.executable, "-m", "manyhands", "verify", str(home.path), "--json"]
         verified = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert verified.returncode == 0, verified.stderr

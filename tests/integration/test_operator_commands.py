@@ -92,7 +92,7 @@ def test_worker_waits_computes_and_is_turned_away_as_the_operator_says(
         verdict = ask(coordinator)["verdict"]
         assert verdict["level"] == "stalled"
         assert "0 of 1 workers have joined; 1 for the operator to approve" in verdict["cause"]
-        wait_until(lambda: activity(ada) == WAITING, 20)
+        wait_until(lambda: activity(ada) == WAITING, 40)
         assert not list((ada.home).rglob("blobs/*/*")), "nothing of the run is fetched before the approval"
         assert ask(coordinator)["round"] == 0
 

@@ -31,7 +31,7 @@ def test_worker_is_found_and_stopped_when_its_owner_asks(tmp_path: Path) -> None
 
         assert stat.S_IMODE((home / "identity.key").stat().st_mode) == 0o600
         assert manyhands("worker", "stop", "--home", str(home)).stdout.strip() == "1 stopped"
-        assert worker.process.wait(10) == 0, worker.last_lines()
+        assert worker.process.wait(30) == 0, worker.last_lines()
         (status,) = json.loads(manyhands("worker", "status", "--home", str(home), "--json").stdout)
         assert not status["running"]
 

@@ -103,7 +103,7 @@ def test_following_the_log_ends_tidily_when_interrupted(coordinator: RunningCoor
         assert following.stderr is not None
         assert "joined" in following.stdout.readline()
         following.send_signal(signal.SIGINT)
-        assert following.wait(10) == 0
+        assert following.wait(30) == 0
         assert following.stderr.read() == ""
 
 
