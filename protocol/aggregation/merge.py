@@ -65,7 +65,7 @@ def merge_parts(
 
 def _add_rows(contributions: Iterable[tuple[bytes, float, float]], divisor: float, num_parameters: int) -> Vector:
     total, rest = np.zeros(num_parameters, np.float32), iter(contributions)
-    while together := list(islice(rest, max(1, _TOGETHER_VALUES // max(1, num_parameters)))):
+    while together := list(islice(rest, _TOGETHER_VALUES // num_parameters)):
         for codec, alike in groupby(together, lambda contribution: codec_of(contribution[0])):
             payloads, weights, clips = zip(*alike, strict=True)
             coefficients = [_coefficient(*pair, divisor) for pair in zip(weights, clips, strict=True)]

@@ -38,7 +38,7 @@ class Float32Codec(PiecewiseCodec):
     def decode_rows(self, payloads: Sequence[bytes], num_parameters: int) -> Vector:
         for payload in payloads:
             self._check_header(payload, num_parameters)
-            self._check_length(len(payload) - HEADER_BYTES, num_parameters)
+            _check_length(len(payload) - HEADER_BYTES, num_parameters)
         words = np.frombuffer(b"".join(payloads), "<f4").reshape(len(payloads), -1)
         rows = words[:, HEADER_BYTES // 4 :]
         check_decoded(rows)
@@ -48,13 +48,14 @@ class Float32Codec(PiecewiseCodec):
         return HEADER_BYTES + 4 * num_parameters
 
     def _decode(self, body: memoryview, header: PayloadHeader) -> Iterator[Piece]:
-        self._check_length(len(body), header.num_parameters)
+        _check_length(len(body), header.num_parameters)
         for start in range(0, header.num_parameters, PIECE_VALUES):
             stop = min(start + PIECE_VALUES, header.num_parameters)
             values = np.frombuffer(body, "<f4", stop - start, 4 * start)
             check_decoded(values)
             yield Piece(slice(start, stop), slice(None), values)
 
-    def _check_length(self, body_bytes: int, num_parameters: int) -> None:
-        if body_bytes != 4 * num_parameters:
-            raise PayloadError(f"{body_bytes} bytes of float32 for {num_parameters} parameters")
+
+def _check_length(body_bytes: int, num_parameters: int) -> None:
+    if body_bytes != 4 * num_parameters:
+        raise PayloadError(f"{body_bytes} bytes of float32 for {num_parameters} parameters")
