@@ -7,7 +7,7 @@ from typing import Protocol
 from coordinator.core.effects import CloseRound, GrantLease
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: see coordinator.core.effects
 class Work:
     """A lease and how much of it its peer finishes in time, which the virtual clock knows when the lease is granted."""
 
@@ -16,7 +16,7 @@ class Work:
     num_ahead: int = 0  # whole shards of what it may train ahead
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: see coordinator.core.effects
 class Sent:
     """A contribution's payload, as far as the virtual run needs it."""
 

@@ -28,7 +28,7 @@ Vector = NDArray[np.float32]
 BackendName = Literal["batched", "sequential", "ray"]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: see coordinator.core.effects
 class Job:
     """The inner steps of one peer: some whole shards (indices), the first ones of a lease.
 

@@ -127,7 +127,7 @@ class BatchedBackend:
         """Clip and step, in place, where loss and gradient are finite; returns the losses, (P,), NaN elsewhere."""
         norms = torch.linalg.vector_norm(gradients, dim=1)
         losses_p, norms_p = torch.stack((losses, norms)).cpu().numpy()  # waits for a GPU once
-        is_good: NDArray[np.bool_] = np.isfinite(losses_p + norms_p)
+        is_good: NDArray[np.bool_] = np.isfinite(losses_p) & np.isfinite(norms_p)
         if (norms_p > self._clip - _CLIP_EPSILON).any():
             gradients.mul_((self._clip / (norms + _CLIP_EPSILON)).clamp_(max=1.0)[:, None])
         if is_good.all():

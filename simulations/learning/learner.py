@@ -86,28 +86,10 @@ class TensorLearner:
     def contribute(self, peer: str) -> Sent:
         """See Learner. The first peer's contribution has all peers of the round trained."""
         self._train_waiting()
-        encoded = self._encoded.pop(peer, None)
-        if encoded is not None:
-            self._sent[peer] = encoded.payload_hash
-            self._honest = self._honest or encoded
-            return encoded
-        grant = self._works[peer].grant
         attack = self._attacks.get(peer)
         if attack == COPIES and self._honest is not None:
             return replace(self._honest, mean_loss=self._losses.get(peer, math.nan))
-        vector = self._residuals.read_one(peer)
-        if attack is not None:
-            seed = sha256_hex(f"{self._problem.spec.seed}:{grant.round}:{peer}".encode())
-            vector = ATTACKS[attack](vector, np.random.Generator(np.random.PCG64(int(seed, 16))))
-        codec = _codec(grant.codec, grant.codec_options)
-        payload = codec.encode(vector)
-        sent = Sent(
-            payload_hash=sha256_hex(payload),
-            payload_bytes=len(payload),
-            norm=_norm(vector) if codec.name == _LOSSLESS else codec.inspect(payload, self.num_parameters).norm,
-            mean_loss=self._losses.get(peer, math.nan),
-        )
-        self._payloads.add(sent.payload_hash, payload)
+        sent = self._encoded.pop(peer, None) or self._encode_one(peer, attack)
         if attack is None:
             self._sent[peer] = sent.payload_hash
             self._honest = self._honest or sent
@@ -151,7 +133,7 @@ class TensorLearner:
         total = 0.0
         with torch.no_grad():
             for start in range(0, len(rows), EVALUATION_BATCH):
-                part = torch.from_numpy(rows[start : start + EVALUATION_BATCH]).long()
+                part = torch.from_numpy(rows[start : start + EVALUATION_BATCH])
                 total += self._problem.task.loss(model, part).item() * len(part)
         return total / len(rows)
 
@@ -186,7 +168,7 @@ class TensorLearner:
         self._residuals.write(peers, residuals)
         self._losses.update(zip(peers, trained.mean_losses.tolist(), strict=True))
         if all(work.grant.codec == _LOSSLESS for work in works) and not attackers:
-            self._encode(peers, residuals)
+            self._encode_together(peers, residuals)
         ahead = [place for place, work in enumerate(works) if work.num_ahead > 0]
         if ahead:
             self._run_ahead([works[place] for place in ahead], displacements[ahead])
@@ -240,19 +222,35 @@ class TensorLearner:
         trained = self._backend.train(self.state.theta - np.float32(OWN_SHARE) * displacements, jobs)
         self._leads.write([job.peer for job in jobs], trained.pseudo_gradients)
 
-    def _encode(self, peers: Sequence[str], vectors: Vector) -> None:
-        """Make what the peers will send of vectors (P, D), lossless; together, that is a third of the work."""
-        wide = vectors.astype(np.float64)
-        norms = np.sqrt(np.square(wide, out=wide).sum(axis=1)).tolist()
-        for peer, norm, payload in zip(peers, norms, get_codec(_LOSSLESS).encode_rows(vectors), strict=True):
-            sent = Sent(
-                payload_hash=sha256_hex(payload),
-                payload_bytes=len(payload),
-                norm=norm,
-                mean_loss=self._losses[peer],
-            )
-            self._payloads.add(sent.payload_hash, payload)
-            self._encoded[peer] = sent
+    # ---- what is sent
+
+    def _encode_one(self, peer: str, attack: str | None) -> Sent:
+        grant, vector = self._works[peer].grant, self._residuals.read_one(peer)
+        if attack is not None:
+            seed = sha256_hex(f"{self._problem.spec.seed}:{grant.round}:{peer}".encode())
+            vector = ATTACKS[attack](vector, np.random.Generator(np.random.PCG64(int(seed, 16))))
+        codec = _codec(grant.codec, grant.codec_options)
+        payload = codec.encode(vector)
+        lossless = codec.name == _LOSSLESS
+        return self._keep(
+            peer, payload, _norms(vector[None])[0] if lossless else codec.inspect(payload, self.num_parameters).norm
+        )
+
+    def _encode_together(self, peers: Sequence[str], vectors: Vector) -> None:
+        """What honest peers will send of vectors (P, D), lossless: in less than half the time that one by one takes."""
+        payloads = get_codec(_LOSSLESS).encode_rows(vectors)
+        for peer, payload, norm in zip(peers, payloads, _norms(vectors), strict=True):
+            self._encoded[peer] = self._keep(peer, payload, norm)
+
+    def _keep(self, peer: str, payload: bytes, norm: float) -> Sent:
+        payload_hash = sha256_hex(payload)
+        self._payloads.add(payload_hash, payload)
+        return Sent(
+            payload_hash=payload_hash,
+            payload_bytes=len(payload),
+            norm=norm,
+            mean_loss=self._losses.get(peer, math.nan),
+        )
 
     # ---- merging
 
@@ -279,10 +277,11 @@ class TensorLearner:
         self._residuals.write([credit.peer], residual)
 
 
-def _norm(vector: Vector) -> float:
-    """What `Codec.inspect` gives for a lossless payload of the vector, which `Codec.encode` has checked."""
-    wide = vector.astype(np.float64)
-    return math.sqrt(np.square(wide, out=wide).sum())
+def _norms(vectors: Vector) -> list[float]:
+    """What `Codec.inspect` gives for lossless payloads of vectors (P, D), which `Codec.encode` has checked."""
+    wide = vectors.astype(np.float64)
+    norms: list[float] = np.sqrt(np.square(wide, out=wide).sum(axis=1)).tolist()
+    return norms
 
 
 @cache

@@ -150,6 +150,13 @@ def test_lossless_contributions_leave_nothing_behind(problem: Problem) -> None:
     assert learner.contribute(PEERS[0]).payload_hash == other.contribute(PEERS[0]).payload_hash
 
 
+def test_payload_is_the_same_when_it_is_made_together_or_alone(problem: Problem) -> None:
+    learner = make_learner(problem)
+    learner.open_round([make_work(learner, peer, codec="float32") for peer in PEERS])
+    together = [learner.contribute(peer) for peer in PEERS]
+    assert [learner.contribute(peer) for peer in PEERS] == together
+
+
 def test_the_loss_falls(problem: Problem) -> None:
     learner = make_learner(problem)
     before = learner.held_out_loss()
