@@ -15,8 +15,10 @@ settings.register_profile("search", deadline=None, print_blob=True, max_examples
 settings.load_profile("repeatable")
 
 WITH_PROCESSES = ("tests/integration/", "tests/browser/")
-LIGHT_NAMES = ("bad_input", "butterfly", "exchange.py", "operator_commands", "service", "worker_daemon_commands")
-LIGHT = tuple(f"tests/integration/test_{name}" for name in LIGHT_NAMES)
+LIGHT = tuple(  # those that take hardly more than one core
+    f"tests/integration/test_{name}"
+    for name in ("bad_input", "butterfly", "exchange.py", "operator_commands", "service", "worker_daemon_commands")
+)
 
 
 def keeps_cores_busy(nodeid: str) -> bool:

@@ -6,7 +6,11 @@ from contextlib import suppress
 
 import pytest
 from selenium import webdriver
-from selenium.common.exceptions import ElementNotInteractableException, StaleElementReferenceException
+from selenium.common.exceptions import (
+    ElementNotInteractableException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.by import By
 
 from tests.browser.axe import find_violations
@@ -14,6 +18,8 @@ from tests.browser.chromium import has, needs_chromium, open_browser, read, read
 from tests.processes import RunningCoordinator, start_coordinator, start_worker, wait_until
 
 pytestmark = needs_chromium
+
+CHANGING = (StaleElementReferenceException, ElementNotInteractableException)  # a page that is looked at meanwhile
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +56,7 @@ def press(driver: webdriver.Chrome, words: str, inside: str = "body") -> None:
     """Click the button with these words as soon as it is there."""
 
     def click() -> bool:
-        with suppress(
-            StaleElementReferenceException, ElementNotInteractableException
-        ):  # the page changes while it is looked at
+        with suppress(*CHANGING):
             for button in driver.find_elements(By.CSS_SELECTOR, f"{inside} button"):
                 if button.is_displayed() and button.text == words:
                     button.click()
@@ -65,14 +69,13 @@ def press(driver: webdriver.Chrome, words: str, inside: str = "body") -> None:
 def type_into(driver: webdriver.Chrome, selector: str, words: str) -> None:
     """Type the words there as soon as that can be done: a dialog opens by degrees."""
 
-    def can_type() -> bool:
-        with suppress(StaleElementReferenceException, ElementNotInteractableException):
-            for element in driver.find_elements(By.CSS_SELECTOR, selector):
-                element.send_keys(words)
-                return True
+    def enter() -> bool:
+        with suppress(NoSuchElementException, *CHANGING):
+            driver.find_element(By.CSS_SELECTOR, selector).send_keys(words)
+            return True
         return False
 
-    wait_until(can_type, 30)
+    wait_until(enter, 40)
 
 
 def open_page(driver: webdriver.Chrome, run: RunningCoordinator, path: str) -> None:

@@ -47,9 +47,9 @@ def give(*stores: BlobStore) -> None:
 
 
 async def fetch(
-    me: Peer, sources: Sequence[Source], *, parallel: int = 3, patience: Patience = QUICK, timeout_s: float = 30.0
+    me: Peer, sources: Sequence[Source], *, parallel: int = 3, patience: Patience = QUICK, timeout_s: float = 19.0
 ) -> list[tuple[str, str]]:
-    """Fetch DATA; who failed and why."""
+    """Fetch DATA, sooner than Patience() gives anybody up; who failed and why."""
     told: list[tuple[str, str]] = []
     async with asyncio.timeout(timeout_s):
         await fetch_blob(

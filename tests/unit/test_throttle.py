@@ -15,7 +15,7 @@ async def test_chunks_share_the_rate_when_they_wait_together() -> None:
     throttle = Throttle(8 * 10_000)  # 10 KB a second
     started_s = now_s()
     await asyncio.gather(*(throttle.wait(1000) for _ in range(4)))  # the first passes at once
-    assert 0.29 < now_s() - started_s < 5.0
+    assert 0.29 < now_s() - started_s < 2.0
 
 
 async def test_turn_is_given_back_when_its_owner_stops_waiting() -> None:
@@ -41,7 +41,7 @@ async def test_limit_that_is_set_later_holds_for_whoever_comes_then() -> None:
     throttle.limit(8 * 10_000)
     started_s = now_s()
     await asyncio.gather(*(throttle.wait(1000) for _ in range(4)))
-    assert 0.29 < now_s() - started_s < 5.0
+    assert 0.29 < now_s() - started_s < 2.0
     throttle.limit(None)
     async with asyncio.timeout(15):
         await throttle.wait(10**9)
